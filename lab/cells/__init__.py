@@ -1,0 +1,1 @@
+"""Cells that several notebooks share. `python -m lab.sync_cells` copies them into the notebooks."""
