@@ -1,0 +1,104 @@
+"""Reducers that score by attention inside the encoder, at a few layers."""
+
+import torch
+import torch.nn.functional as F
+
+from lab.cells.reducers import (
+    Reducer,
+    append,
+    check_keep,
+    drop,
+    importance,
+    kept_count,
+    merge,
+    split_kept,
+    take,
+)
+
+
+class AttentionPruning(Reducer):
+    """Keep the tokens that the CLS token attends to most, at a few layers, between attention and MLP.
+
+    keep: share that stays at each of `layers` (0-based). rest: 'drop'; 'fuse' (EViT, arXiv 2202.07800: one
+    token, the mean of the dropped weighted by attention); 'merge' (each joins its most similar kept token)."""
+
+    def __init__(self, keep, layers=(3, 6, 9), rest="drop", cls_only_last=False):
+        self.keep, self.layers, self.rest = check_keep(keep), tuple(layers), rest
+        self.cls_only_last = cls_only_last
+
+    def after_attention(self, tokens):
+        n = tokens.x.shape[1] - tokens.prefix
+        count = kept_count(self.keep, n)
+        if tokens.layer not in self.layers or count == n:
+            return
+        scores = importance(tokens)
+        kept, rest = split_kept(tokens, scores, count)
+        if self.rest == "merge":
+            return merge(tokens, kept, rest, most_similar(tokens, kept, rest))
+        if self.rest == "fuse":
+            weight = scores.gather(1, rest - tokens.prefix).to(tokens.x.dtype)
+            fused = (take(tokens.x, rest) * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+        drop(tokens, kept)
+        if self.rest == "fuse":
+            append(tokens, fused)
+
+
+def most_similar(tokens, kept, rest):
+    """(B, R): for each of `rest` the position among `kept` (never the CLS token) with the closest keys."""
+    metric = F.normalize(tokens.k.mean(1), dim=-1)
+    a, b = take(metric, rest), take(metric, kept[:, tokens.prefix:])
+    tokens.macs += a.shape[1] * b.shape[1] * a.shape[2]
+    return (a @ b.transpose(1, 2)).argmax(-1) + tokens.prefix
+
+
+class RatioSchedule(Reducer):
+    """DynamicViT's schedule (arXiv 2106.02034) without its trained predictor: before each of `layers`
+    keep, keep², keep³ … of the patches, by the CLS attention of the layer before."""
+
+    def __init__(self, keep, layers=(3, 6, 9), cls_only_last=False):
+        self.keep, self.layers, self.cls_only_last = check_keep(keep), tuple(layers), cls_only_last
+
+    def at_input(self, tokens):
+        self.patches = tokens.x.shape[1] - tokens.prefix
+
+    def before_layer(self, tokens):
+        if tokens.layer not in self.layers:
+            return
+        stage = self.layers.index(tokens.layer) + 1
+        count = max(1, int(self.patches * self.keep**stage))
+        if count < tokens.x.shape[1] - tokens.prefix:
+            drop(tokens, split_kept(tokens, importance(tokens), count)[0])
+
+
+class PruMergeLike(Reducer):
+    """After PruMerge+ (arXiv 2403.15388) at one layer: keep half by CLS attention and half evenly spread;
+    each kept token becomes the attention-weighted mean of itself and its `near` most similar dropped ones.
+
+    PruMerge lets the count vary by image, which cannot be batched; here the share is fixed."""
+
+    def __init__(self, keep, layer=3, near=32, cls_only_last=False):
+        self.keep, self.layer, self.near, self.cls_only_last = check_keep(keep), layer, near, cls_only_last
+
+    def after_attention(self, tokens):
+        n, p = tokens.x.shape[1] - tokens.prefix, tokens.prefix
+        count = kept_count(self.keep, n)
+        if tokens.layer != self.layer or count == n:
+            return
+        scores = importance(tokens).to(tokens.x.dtype)
+        by_attention = scores.topk((count + 1) // 2, dim=1).indices
+        chosen = scores.scatter(1, by_attention, 2.0)  # attention is at most 1
+        even = torch.linspace(0, 1, n - by_attention.shape[1], device=scores.device)
+        free = (chosen < 2).nonzero()[:, 1].view(len(scores), -1)  # left over, in raster order
+        spread = free[:, (torch.linspace(0, len(even) - 1, count - by_attention.shape[1]).round().long())]
+        kept, rest = split_kept(tokens, chosen.scatter(1, spread, 2.0), count)
+        metric = F.normalize(tokens.k.mean(1), dim=-1)
+        similarity = take(metric, kept[:, p:]) @ take(metric, rest).transpose(1, 2)
+        tokens.macs += count * rest.shape[1] * metric.shape[-1]
+        limit = similarity.topk(min(self.near, rest.shape[1]), dim=-1).values[..., -1:]
+        weight = (similarity >= limit) * scores.gather(1, rest - p)[:, None]
+        own = scores.gather(1, kept[:, p:] - p)[..., None]
+        mixed = take(tokens.x, kept[:, p:]) * own + weight @ take(tokens.x, rest)
+        tokens.macs += count * rest.shape[1] * mixed.shape[-1]
+        mixed = mixed / (own + weight.sum(-1, keepdim=True))
+        drop(tokens, kept)
+        tokens.x = torch.cat([tokens.x[:, :p], mixed], 1)

@@ -1,0 +1,61 @@
+"""All methods by name, and the strength of each that fits a compute budget."""
+
+from functools import partial
+
+from lab.cells.encoder import encoder_macs, trace_encoder
+from lab.cells.environment import check
+from lab.cells.reducers_attention import AttentionPruning, PruMergeLike, RatioSchedule
+from lab.cells.reducers_input import ClusterMasking, Grid, InputPruning, Random
+from lab.cells.reducers_merge import MergeSimilar, ours
+
+REDUCERS = {  # name → factory(strength, **options); strength: keep ratio, or mean tokens merged per layer
+    "vtp": InputPruning,
+    "vtp_mean": partial(InputPruning, rest="mean"),
+    "vtp_learned": partial(InputPruning, rest="learned"),
+    "random": Random,
+    "grid": Grid,
+    "cluster": ClusterMasking,
+    "evit": partial(AttentionPruning, rest="fuse"),
+    "cls_drop": AttentionPruning,
+    "cls_merge": partial(AttentionPruning, rest="merge"),
+    "dynamicvit": RatioSchedule,
+    "prumerge": PruMergeLike,
+    "tome": MergeSimilar,
+    "ours": ours,
+}
+
+
+def reducer_kind(name):
+    """'keep' or 'merge': what the strength of a method means."""
+    check(name in REDUCERS, "reducer", name, ", ".join(REDUCERS))
+    factory = REDUCERS[name]
+    return getattr(factory, "func", factory).kind
+
+
+def reducer_for_budget(name, budget, model, image_size=None, **options):
+    """The strongest-quality reducer `name` whose multiply-adds are at most `budget` × the dense encoder's.
+
+    budget: share in (0, 1]. options go to the factory. The search bisects the strength, counting a blank
+    image, so it takes about 20 forward passes. ValueError if the budget cannot be reached."""
+    kind = reducer_kind(name)
+    check(0 < budget <= 1, "budget", budget, "a share above 0 and at most 1")
+    dense = trace_encoder(model, image_size=image_size)
+    limit, patches = budget * dense.macs, dense.x.shape[1]
+    make = partial(REDUCERS[name], **options)
+
+    def fits(position):
+        """position 0 = strongest reduction … 1 = none."""
+        reducer = make(max(position, 1 / patches) if kind == "keep" else (1 - position) * patches / 2)
+        return reducer, encoder_macs(model, reducer, image_size) <= limit
+
+    best, ok = fits(1.0)
+    if ok:
+        return best
+    best, ok = fits(0.0)
+    check(ok, f"budget for {name}", budget, f"at least {encoder_macs(model, best, image_size) / dense.macs:.3f}")
+    low, high = 0.0, 1.0
+    for _ in range(18 if kind == "merge" else 12):
+        middle = (low + high) / 2
+        reducer, ok = fits(middle)
+        low, high, best = (middle, high, reducer) if ok else (low, middle, best)
+    return best

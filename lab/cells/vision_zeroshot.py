@@ -1,0 +1,55 @@
+"""Zero-shot classification: class names become text features, an image takes the closest one."""
+
+import torch
+import torch.nn.functional as F
+
+from lab.cells.encoder import encode_images
+from lab.cells.environment import check
+from lab.cells.vision_images import CIFAR_CLASSES
+
+KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+CIFAR_TEMPLATES = [f"a {kind}photo of {article} {{}}." for kind in KINDS for article in ("a", "the")]
+CIFAR_TEMPLATES += [f"a photo of {size}{{}}." for size in ("a small ", "a big ", "the small ", "the big ")]
+
+
+def prompt_templates(classes):
+    """CLIP's 18 CIFAR-10 templates for CIFAR-10's classes, one plain template otherwise.
+
+    ValueError where a class name has no word that a prompt could use, such as '0012' or 'n01440764'."""
+    odd = [c for c in classes if sum(ch.isalpha() for ch in c) < 2 or (c[:1] == "n" and c[1:].isdigit())]
+    check(not odd, "class names", odd[:3], "words: name the folders of DATASET after what they show")
+    return CIFAR_TEMPLATES if set(classes) == set(CIFAR_CLASSES) else ["a photo of a {}."]
+
+
+@torch.no_grad()
+def text_features(checkpoint, classes, templates):
+    """(C, P): per class the normalised mean of its prompts' normalised features (pooled at the end token)."""
+    rows = []
+    for name in classes:
+        tokens = checkpoint.tokenize([template.format(name) for template in templates])
+        out = checkpoint.model.get_text_features(**tokens.to(checkpoint.model.device))
+        features = F.normalize(getattr(out, "pooler_output", out), dim=-1)
+        rows.append(F.normalize(features.mean(0), dim=-1))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def image_features(model, images, reducer=None, batch=50):
+    """(N, P) features of all Images, on the CPU, through our encoder loop."""
+    parts = [encode_images(model, pixels, reducer).cpu() for pixels in images.batches(batch, model.device)]
+    return torch.cat(parts)
+
+
+def fidelity(features, dense, text=None, labels=None):
+    """How well reduced features (N, P) keep what the dense ones say: cosine, agreement, accuracy.
+
+    text: (C, P) or None; labels: (N,) or None. Without them those numbers are absent."""
+    cosine = (features * dense).sum(-1)
+    row = dict(n_images=len(features), cosine_mean=float(cosine.mean()),
+               cosine_p5=float(cosine.quantile(0.05)), cosine_min=float(cosine.min()))
+    if text is not None:
+        predicted, expected = ((f @ text.T.cpu()).argmax(-1) for f in (features, dense))
+        row["top1_agreement"] = float((predicted == expected).float().mean())
+        if labels is not None:
+            row["top1_accuracy"] = float((predicted == labels).float().mean())
+    return row

@@ -1,0 +1,277 @@
+"""Execute the notebooks and put their results in place; `./run_all.sh` is the front door.
+
+A notebook runs in a staging folder of its own. Only a whole run is moved to results/ and figures/, so a
+failing or interrupted one touches no earlier result; started again, it continues where it stopped.
+"""
+
+import argparse
+import ast
+import fcntl
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ("ssm", "vlm")
+MODES = ("auto", "gpu", "cpu", "smoke")
+CELL_TIMEOUT_S = {"smoke": 600}  # other modes: an hour a cell
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be: one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def parse(argv):
+    """Command line -> options."""
+    parser = Parser(prog="./run_all.sh", description="Run every notebook, or `test`: lint and all tests.")
+    parser.add_argument("action", nargs="?", choices=["run", "test"], default="run")
+    parser.add_argument("--mode", choices=MODES, default="auto", help="sizes to run (default: by the device)")
+    parser.add_argument("--only", action="append", metavar="ssm|vlm|NAME", help="a suite or notebook; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", dest="settings",
+                        help="a notebook parameter; repeatable")
+    parser.add_argument("--out", metavar="DIR", help="where results/ and figures/ go (default: here; "
+                        "smoke: .scratch)")
+    parser.add_argument("--python", metavar="PY", help="run in this interpreter's environment, without .venv")
+    parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def find_notebooks(only=None):
+    """The notebooks chosen by suite or name, all of them by default."""
+    every = [path for suite in SUITES for path in sorted((ROOT / suite).glob("*.ipynb"))]
+    if not only:
+        return every
+    for word in only:
+        if word not in SUITES and word not in [p.stem for p in every]:
+            raise UsageError(f"--only {word}: no such notebook; there are: "
+                             f"{', '.join([*SUITES, *(p.stem for p in every)])}")
+    return [path for path in every if {path.stem, path.parent.name} & set(only)]
+
+
+def parameters(path):
+    """{name: (default, annotation)} of the cell tagged `parameters`, read without running anything."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            body = ast.parse("".join(cell["source"])).body
+            plain = {n.targets[0].id: (ast.literal_eval(n.value), None) for n in body if isinstance(n, ast.Assign)}
+            typed = {n.target.id: (ast.literal_eval(n.value), ast.unparse(n.annotation))
+                     for n in body if isinstance(n, ast.AnnAssign)}
+            return plain | typed
+    return {}
+
+
+def parse_value(name, text, default, annotation):
+    """The text of `--set name=text` as the type that the parameter has."""
+    kinds = {part.strip().split("[")[0] for part in annotation.split("|")} if annotation else set()
+    if default is not None:
+        kinds.add(type(default).__name__)
+    if "str" in kinds and kinds <= {"str", "None"}:
+        return None if text == "None" and (default is None or "None" in kinds) else text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    kind = type(value).__name__
+    fits = {kind, "None" if value is None else kind, "float" if kind == "int" else kind,
+            "list" if kind == "tuple" else kind}
+    if kinds and not kinds & fits:
+        raise UsageError(f"--set {name}={text}: not a value of type {' or '.join(sorted(kinds))}")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def settings_for(notebooks, settings):
+    """[{name: value} of each notebook]; every setting must fit a parameter of at least one of them."""
+    known = [parameters(path) for path in notebooks]
+    chosen = [{} for _ in notebooks]
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write PARAM=VALUE")
+        if name in ("MODE", "OUT"):
+            raise UsageError(f"--set {setting}: use --{name.lower()}")
+        if not any(name in names for names in known):
+            names = sorted({n for names in known for n in names} - {"MODE", "OUT"})
+            raise UsageError(f"--set {setting}: no such parameter; there are: {', '.join(names)}")
+        for names, values in zip(known, chosen, strict=True):
+            if name in names:
+                values[name] = parse_value(name, text, *names[name])
+    return chosen
+
+
+def check_environment(options):
+    """Everything that must be installed is; a GPU run has a GPU."""
+    wanted = ["torch", "papermill", "nbconvert", "ipykernel", "matplotlib", "pandas"]
+    if options.action == "test":
+        wanted += ["pytest", "ruff"]
+    probe = f"import importlib.util as u; print(*[m for m in {wanted} if not u.find_spec(m)])"
+    missing = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.split()
+    if missing:
+        raise UsageError(f"{sys.executable} lacks {', '.join(missing)}; install requirements.txt there, "
+                         "or leave --python out")
+    if options.mode == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("--mode gpu: no CUDA device found")
+
+
+def lock(folder):
+    """Hold the output folder for this process; a second run on it is refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise UsageError(f"--out: cannot write to {folder.parent}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"another run is writing to {folder.parent}: wait for it, or use another --out") from None
+    return file
+
+
+def execute(path, values, mode, staging):
+    """Run one notebook in its staging folder. Returns (status, message)."""
+    import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    copy = staging / path.name
+    names = parameters(path)
+    given = {k: v for k, v in dict(MODE=mode, OUT=str(staging)).items() if k in names} | values
+    try:
+        papermill.execute_notebook(
+            str(path), str(copy), parameters=given, cwd=str(ROOT), kernel_name="python3", progress_bar=False,
+            log_output=True, execution_timeout=CELL_TIMEOUT_S.get(mode, 3600))
+    except papermill.PapermillExecutionError as error:
+        return "failed", f"{error.ename}: {error.evalue}"
+    except (DeadKernelError, CellTimeoutError, NoSuchKernel, OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        return "failed", f"{type(error).__name__}: {lines[0]}"
+    return "ok", ""
+
+
+def tidy(copy):
+    """Drop what changes from run to run: papermill's and the widgets' metadata."""
+    import nbformat
+
+    notebook = nbformat.read(copy, as_version=4)
+    for part in (notebook, *notebook.cells):
+        for key in ("papermill", "widgets", "execution"):
+            part.metadata.pop(key, None)
+    nbformat.write(notebook, copy)
+
+
+def render(copy):
+    """The executed notebook as one HTML page beside it."""
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter().from_filename(str(copy))
+    copy.with_suffix(".html").write_text(page, encoding="utf-8")
+
+
+def move_into_place(staging, out):
+    """Move finished results and figures from staging to `out`, each file whole."""
+    for kind in ("results", "figures"):
+        for file in sorted((staging / kind).rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                target = out / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+
+
+def run_one(path, values, mode, out):
+    """Execute a notebook and file what it made. Returns (status, message, where)."""
+    suite = path.parent.name
+    staging = out / ".staging" / path.stem
+    staging.mkdir(parents=True, exist_ok=True)
+    for old in (out / "results" / suite).rglob("claims.csv"):  # the notebook keeps other notebooks' rows
+        seed = staging / old.relative_to(out)
+        seed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(old, seed)
+    status, message = execute(path, values, mode, staging)
+    copy, failed = staging / path.name, out / "results" / suite / f"{path.stem}.failed.ipynb"
+    if copy.exists():
+        tidy(copy)
+    if status != "ok":
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        if copy.exists():
+            os.replace(copy, failed)
+        return status, message, failed
+    facts = sorted((staging / "results").rglob(f"{path.stem}.env.json"), key=lambda p: p.stat().st_mtime)
+    where = facts[-1].parent if facts else staging / "results" / suite
+    where.mkdir(parents=True, exist_ok=True)
+    os.replace(copy, where / path.name)
+    render(where / path.name)
+    move_into_place(staging, out)
+    shutil.rmtree(staging)
+    failed.unlink(missing_ok=True)
+    return status, "", out / where.relative_to(staging)
+
+
+def run(options):
+    """Run the chosen notebooks; returns the exit status."""
+    notebooks = find_notebooks(options.only)
+    chosen = settings_for(notebooks, options.settings)
+    out = Path(options.out).expanduser().resolve() if options.out else ROOT
+    if options.mode == "smoke" and not options.out:
+        out = ROOT / ".scratch"
+    held = lock(out / ".staging")
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+    logging.getLogger("papermill").setLevel(logging.INFO)
+    rows = []
+    for path, values in zip(notebooks, chosen, strict=True):
+        print(f"\n== {path.relative_to(ROOT)} ==", flush=True)
+        begin = time.monotonic()
+        status, message, where = run_one(path, values, options.mode, out)
+        minutes = f"{(time.monotonic() - begin) / 60:.1f}"
+        rows.append((path.stem, status, minutes, os.path.relpath(where)))
+        if message:
+            print(f"{path.stem} failed: {message}", file=sys.stderr, flush=True)
+    held.close()
+    print()
+    for row in [("notebook", "status", "minutes", "results"), *rows]:
+        print("{:<24} {:<8} {:>7}  {}".format(*row))
+    return int(any(row[1] != "ok" for row in rows))
+
+
+def test():
+    """Lint, then all tests; returns the exit status."""
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "."], cwd=ROOT).returncode
+    print(f"ruff: {'ok' if lint == 0 else 'failed'}", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", "-n", "2"], cwd=ROOT).returncode or lint
+
+
+def main(argv=None):
+    """Command line; returns the exit status."""
+    try:
+        options = parse(argv)
+        if options.check_only:
+            settings_for(find_notebooks(options.only), options.settings)
+            return 0
+        check_environment(options)
+        os.environ.pop("MPLBACKEND", None)  # with agg, executed notebooks would hold no figures
+        os.environ |= dict(JUPYTER_PREFER_ENV_PATH="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1",
+                           TOKENIZERS_PARALLELISM="false")
+        return test() if options.action == "test" else run(options)
+    except UsageError as error:
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was overwritten; the same command continues the run", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
