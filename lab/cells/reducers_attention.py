@@ -72,9 +72,10 @@ class RatioSchedule(Reducer):
 
 class PruMergeLike(Reducer):
     """After PruMerge+ (arXiv 2403.15388) at one layer: keep half by CLS attention and half evenly spread;
-    each kept token becomes the attention-weighted mean of itself and its `near` most similar dropped ones.
+    to each kept token its `near` most similar dropped ones are added, weighted by their CLS attention.
 
-    PruMerge lets the count vary by image, which cannot be batched; here the share is fixed."""
+    PruMerge lets the count vary by image, which cannot be batched, and lets tokens grow: here the share is
+    fixed and the sum is divided by its weights, since no later layer was trained for longer tokens."""
 
     def __init__(self, keep, layer=3, near=32, cls_only_last=False):
         self.keep, self.layer, self.near, self.cls_only_last = check_keep(keep), layer, near, cls_only_last
@@ -87,18 +88,17 @@ class PruMergeLike(Reducer):
         scores = importance(tokens).to(tokens.x.dtype)
         by_attention = scores.topk((count + 1) // 2, dim=1).indices
         chosen = scores.scatter(1, by_attention, 2.0)  # attention is at most 1
-        even = torch.linspace(0, 1, n - by_attention.shape[1], device=scores.device)
         free = (chosen < 2).nonzero()[:, 1].view(len(scores), -1)  # left over, in raster order
-        spread = free[:, (torch.linspace(0, len(even) - 1, count - by_attention.shape[1]).round().long())]
+        even = torch.linspace(0, free.shape[1] - 1, count - by_attention.shape[1]).round().long()
+        spread = free[:, even.to(free.device)]
         kept, rest = split_kept(tokens, chosen.scatter(1, spread, 2.0), count)
         metric = F.normalize(tokens.k.mean(1), dim=-1)
         similarity = take(metric, kept[:, p:]) @ take(metric, rest).transpose(1, 2)
         tokens.macs += count * rest.shape[1] * metric.shape[-1]
         limit = similarity.topk(min(self.near, rest.shape[1]), dim=-1).values[..., -1:]
         weight = (similarity >= limit) * scores.gather(1, rest - p)[:, None]
-        own = scores.gather(1, kept[:, p:] - p)[..., None]
-        mixed = take(tokens.x, kept[:, p:]) * own + weight @ take(tokens.x, rest)
+        mixed = take(tokens.x, kept[:, p:]) + weight @ take(tokens.x, rest)
         tokens.macs += count * rest.shape[1] * mixed.shape[-1]
-        mixed = mixed / (own + weight.sum(-1, keepdim=True))
+        mixed = mixed / (1 + weight.sum(-1, keepdim=True))
         drop(tokens, kept)
         tokens.x = torch.cat([tokens.x[:, :p], mixed], 1)
