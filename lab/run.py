@@ -149,7 +149,8 @@ def execute(path, values, mode, staging):
 
     copy = staging / path.name
     names = parameters(path)
-    given = {k: v for k, v in dict(MODE=mode, OUT=str(staging)).items() if k in names} | values
+    place = os.path.relpath(staging, ROOT)  # the executed copy names no folder of this machine
+    given = {k: v for k, v in dict(MODE=mode, OUT=place).items() if k in names} | values
     try:
         papermill.execute_notebook(
             str(path), str(copy), parameters=given, cwd=str(ROOT), kernel_name="python3", progress_bar=False,
@@ -243,7 +244,23 @@ def run(options):
     print()
     for row in [("notebook", "status", "minutes", "results"), *rows]:
         print("{:<24} {:<8} {:>7}  {}".format(*row))
-    return int(any(row[1] != "ok" for row in rows))
+    failed = any(row[1] != "ok" for row in rows)
+    if not failed and out == ROOT and options.mode != "smoke":
+        failed = not write_report()
+    return int(failed)
+
+
+def write_report():
+    """Bring README tables, page and poster up to date; True if that went well. Results stay as they are."""
+    try:
+        from lab import report
+
+        written = report.write(ROOT)
+    except Exception as error:
+        print(f"the report was not written: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return False
+    print("\nreport:", ", ".join(str(path.relative_to(ROOT)) for path in written))
+    return True
 
 
 def test():
