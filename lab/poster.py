@@ -1,0 +1,160 @@
+"""results/poster.pdf: one A1 page for a wall, landscape, legible from two metres. Sizes are in inches and points."""
+
+import io
+
+import matplotlib
+
+from lab import report as text
+from lab.cells.figures import PALETTE
+
+WIDTH, HEIGHT = 33.11, 23.39
+MARGIN, GAP = 0.7, 0.45
+COLUMN = 10.4  # of the findings; the figures share the rest
+SMALLEST = 24  # points
+INK, SOFT = "#1c2126", "#4d5761"
+QUESTION = ("How cheap can a Mamba-like sequence layer get, and how few vision tokens does CLIP need? "
+            "We measured what an earlier report claimed, built what should work better, and compared both fairly.")
+METHOD = ("Method: every comparison runs in one process on the same input, interleaved round by round; the fast form "
+          "is first proved equal to the naive one. In parentheses: 95 % intervals. Numbers come from CSV files.")
+REFERENCES = ("References: Mamba, Gu & Dao, arXiv:2312.00752 · Mamba-2 (SSD), Dao & Gu, arXiv:2405.21060 · S4D, Gu et al., "
+              "arXiv:2206.11893 · Octave convolution, Chen et al., arXiv:1904.05049 · Laughing Hyena, Massaroli et al., "
+              "arXiv:2310.18780 · CLIP, Radford et al., arXiv:2103.00020 · Token merging, Bolya et al., arXiv:2210.09461 · "
+              "EViT, Liang et al., arXiv:2202.07800")
+# suite, caption, names: method diagrams first, then the four figures; the first name that exists is shown
+FIGURES = []
+
+
+def text_width(words, size, weight="normal"):
+    """Width in inches of one line in the poster's font."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
+    return text_to_path.get_text_width_height_descent(words, font, False)[0] / 72
+
+
+def wrap(words, size, width, weight="normal"):
+    """Lines of `words` that fit into `width` inches."""
+    lines = [""]
+    for word in words.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if text_width(longer, size, weight) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+class Page:
+    """A matplotlib figure with the origin at the top left, in inches."""
+
+    def __init__(self):
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
+
+    def lines(self, lines, x, y, size, weight="normal", color=INK):
+        """Write lines downwards from y; returns the y below them."""
+        for line in lines:
+            self.figure.text(x / WIDTH, 1 - y / HEIGHT, line, size=size, weight=weight, color=color, va="top",
+                             family="DejaVu Sans", parse_math=False)
+            y += height(size)
+        return y
+
+    def paragraph(self, words, x, y, width, size, weight="normal", color=INK):
+        """Write a wrapped paragraph; returns the y below it."""
+        return self.lines(wrap(words, size, width, weight), x, y, size, weight, color)
+
+    def picture(self, path, x, y, width, space):
+        """Show a PNG in a box of width × space inches, as large as it fits, centred."""
+        from matplotlib.image import imread
+
+        image = imread(path)
+        scale = min(width / image.shape[1], space / image.shape[0])
+        w, h = image.shape[1] * scale, image.shape[0] * scale
+        axes = self.figure.add_axes([(x + (width - w) / 2) / WIDTH, 1 - (y + (space + h) / 2) / HEIGHT,
+                                     w / WIDTH, h / HEIGHT])
+        axes.imshow(image, interpolation="antialiased", aspect="auto")
+        axes.axis("off")
+
+
+def height(size):
+    """Inches from one line to the next."""
+    return 1.28 * size / 72
+
+
+def draw_header(page, report):
+    """Title, question, method; on the right the claims in numbers. Returns the y below."""
+    left = WIDTH - 2 * MARGIN - 9.2
+    y = page.lines(["Efficient Architectures"], MARGIN, MARGIN, 76, "bold")
+    y = page.paragraph(QUESTION, MARGIN, y + 0.1, left, 32)
+    y = page.paragraph(METHOD, MARGIN, y + 0.12, left, 24, color=SOFT)
+    x, top = WIDTH - MARGIN - 8.6, MARGIN
+    top = page.lines(["Claims of the original report"], x, top, 32, "bold") + 0.1
+    for suite, counts in text.verdict_counts(report.claims).items():
+        top = page.lines([f"{text.SUITES[suite]}, {sum(counts.values())} claims"], x, top, 26, color=SOFT)
+        colours, begin = [PALETTE[2], PALETTE[1], "#9aa4ae"], x
+        for n, colour in zip(counts.values(), colours, strict=True):
+            share = 8.6 * n / max(sum(counts.values()), 1)
+            axes = page.figure.add_axes([begin / WIDTH, 1 - (top + 0.3) / HEIGHT, share / WIDTH, 0.3 / HEIGHT])
+            axes.set_facecolor(colour)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            begin += share
+        words = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+        top = page.paragraph(words, x, top + 0.38, 8.6, 24) + 0.12
+    return max(y, top)
+
+
+def draw_findings(page, report, y, bottom):
+    """As many findings as there is room for, in the left column."""
+    y = page.lines(["Findings"], MARGIN, y, 40, "bold", PALETTE[0]) + 0.1
+    if report.findings.empty:
+        page.paragraph("No run has finished yet.", MARGIN, y, COLUMN, 26)
+        return
+    first = report.findings.drop_duplicates("key")  # the first device: a GPU where there is one
+    for row in first.to_dict("records"):
+        question = wrap(row["question"], 26, COLUMN, "bold")
+        n = "" if text.pd.isna(row["n"]) else f", n = {text.number(row['n'])}"
+        answer = wrap(f"{row['answer']} [{row['device']}{n}]", SMALLEST, COLUMN)
+        if y + len(question) * height(26) + len(answer) * height(SMALLEST) > bottom:
+            continue
+        y = page.lines(question, MARGIN, y, 26, "bold")
+        y = page.lines(answer, MARGIN, y, SMALLEST) + 0.2
+
+
+def draw_figures(page, report, y, bottom):
+    """Method diagrams and figures, two columns, on the right."""
+    chosen = [(caption, text.choose_figure(report, suite, *names)) for suite, caption, *names in FIGURES]
+    chosen = [(caption, figure) for caption, figure in chosen if figure]
+    if not chosen:
+        return
+    left = MARGIN + COLUMN + GAP
+    width = (WIDTH - MARGIN - left - GAP) / 2
+    rows = -(-len(chosen) // 2)
+    space = (bottom - y) / rows
+    for i, (caption, figure) in enumerate(chosen):
+        x, top = left + (i % 2) * (width + GAP), y + i // 2 * space
+        below = page.paragraph(caption, x, top, width, SMALLEST, "bold", PALETTE[0])
+        page.picture(figure["path"], x, below + 0.05, width, top + space - below - 0.25)
+
+
+def draw(report):
+    """The poster as a matplotlib figure."""
+    page = Page()
+    top = draw_header(page, report) + 0.35
+    references = wrap(REFERENCES, SMALLEST, WIDTH - 2 * MARGIN)
+    bottom = HEIGHT - 0.5 - len(references) * height(SMALLEST)
+    page.lines(references, MARGIN, bottom, SMALLEST, color=SOFT)
+    draw_findings(page, report, top, bottom - 0.25)
+    draw_figures(page, report, top, bottom - 0.15)
+    return page.figure
+
+
+def pdf(report, mark):
+    """The poster as PDF bytes, the same for the same inputs. mark: the fingerprint of what it is made of."""
+    out = io.BytesIO()
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        draw(report).savefig(out, format="pdf", metadata={
+            "Title": "Efficient Architectures", "Keywords": mark, "CreationDate": None})
+    return out.getvalue()

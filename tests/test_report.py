@@ -1,0 +1,456 @@
+"""The report: claims and findings from CSVs, README blocks, the page in a real browser, the poster."""
+
+import importlib.util
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+import report_world
+from conftest import ROOT
+
+from lab import findings, poster, report, report_page, run
+from lab.cells.results import read_csv, write_csv
+from lab.findings import Finding, Measured
+
+FINDINGS = [
+    Finding("speed", "ssm", "Is fast faster?", findings.time_ratio(
+        "demo_speed", dict(variant="fast"), dict(variant="slow"), pair=["length"]),
+        "At length {length}, fast is {answer} than slow: {value}{interval} of its time."),
+    Finding("single", "vlm", "How long does it take?", findings.cell(
+        "demo_speed", "latency_ms_median", variant="slow", length=64), "{value} at batch one.", "ms"),
+    Finding("claim", "ssm", "Is the first claim true?", findings.claim("A01"), "It is {value}{interval}.", ""),
+    Finding("absent", "ssm", "Is there more?", findings.cell("no_such_table", "x"), "{value}"),
+    Finding("oom", "ssm", "What about the huge one?", findings.cell("demo_speed", "latency_ms_median", variant="huge"), "{value}"),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with invented results and everything that the report makes of them. Read only."""
+    root = tmp_path_factory.mktemp("world")
+    report_world.write_world(root)
+    with pytest.MonkeyPatch.context() as patch:
+        use_invented_lists(patch)
+        report.write(root)
+    return root
+
+
+@pytest.fixture
+def invented(monkeypatch):
+    use_invented_lists(monkeypatch)
+
+
+def use_invented_lists(patch):
+    """Findings and headline figures of the invented world instead of the project's."""
+    patch.setattr(findings, "FINDINGS", FINDINGS)
+    patch.setattr(report, "HEADLINES", [("ssm", "missing.png", "overview.png"), ("vlm", "overview.png")])
+    patch.setattr(poster, "FIGURES", [(s, f"What {n} shows in {s}", f"{n}.png") for n in ("overview", "detail")
+                                      for s in ("ssm", "vlm")])
+
+
+def claims_of(root):
+    return read_csv(root / "results" / "claims.csv")
+
+
+def findings_of(root):
+    return read_csv(root / "results" / "findings.csv")
+
+
+# collecting
+
+
+def test_every_claim_has_a_row_and_every_verdict_a_measurement(world):
+    claims, statements = claims_of(world), read_csv(report.STATEMENTS)
+    assert list(dict.fromkeys(claims["id"])) == list(statements["id"])
+    assert not claims.duplicated(["id", "place"]).any()
+    judged = claims[claims["verdict"] != "not testable here"]
+    assert len(judged) and judged[["measured", "source", "device"]].notna().all(axis=None)
+    assert claims["reason"].notna().all()
+    nobody = claims[claims["reason"] == report.UNJUDGED]
+    assert set(nobody["id"]) == {"A13", "A14", "A15", "A16", "A17", "A18", "A19", "B13", "B14", "B15", "B16", "B17"}
+    assert nobody["device"].isna().all()
+
+
+def test_smoke_never_enters(world):
+    assert "Smoke" not in set(claims_of(world)["device"]) | set(findings_of(world)["device"])
+    for name in ("results/report.html", "README.md"):
+        assert "smoke-device" not in (world / name).read_text()
+
+
+def test_a_verdict_wins_over_none_and_strange_claims_are_refused(tmp_path):
+    report_world.write_world(tmp_path)
+    path = tmp_path / "results/ssm/tesla-t4/claims.csv"
+    table = read_csv(path)
+    other = table[table["id"].isin(["A01", "A03"])].assign(
+        notebook="other", measured=5.0, low=4.0, high=6.0, verdict="not supported", source="x.csv: i=0")
+    write_csv(path, pd.concat([table, other]))
+    found = report.collect(tmp_path).claims.set_index(["id", "place"])
+    assert found.loc[("A03", "ssm/tesla-t4"), "measured"] == 5
+    assert found.loc[("A01", "ssm/tesla-t4"), "measured"] == 1.2345, "the first verdict stays"
+    write_csv(path, table.assign(id="Z01"))
+    with pytest.raises(ValueError, match="'Z01' is no statement"):
+        report.collect(tmp_path)
+
+
+def test_findings_come_from_rows_and_missing_rows_give_none(world):
+    found = findings_of(world)
+    assert set(found["key"]) == {"speed", "single", "claim"}
+    ratios = found[found["key"] == "speed"]
+    assert ratios["place"].tolist() == ["ssm/tesla-t4", "ssm/cpu-intel-xeon-2t"], "a GPU first"
+    assert (ratios["low"] < 1 / 3).all() and (ratios["high"] > 1 / 3).all() and (ratios["n"] == 25).all()
+    assert ratios["answer"].iloc[0].startswith("At length 128, fast is faster than slow: 0.33")
+    assert ratios["source"].iloc[0] == "demo_speed_raw.csv: length=128, variant=fast over variant=slow"
+
+
+@pytest.mark.parametrize("low, high, word", [(0.5, 0.9, "faster"), (0.9, 1.1, "about as fast"), (1.1, 2.0, "slower"),
+                                             (None, None, "slower")])
+def test_the_interval_decides_the_words(low, high, word):
+    finding = Finding("k", "ssm", "?", None, "{answer}")
+    assert findings.sentence(finding, Measured(1.05, low, high)) == word
+
+
+@pytest.mark.parametrize("value, unit, text", [
+    (0.33333, "×", "0.333×"), (12.345, "ms", "12.3 ms"), (1234.5, "", "1234"), (0.93456, "%", "93.5 %"), (30.0, "", "30"),
+    (2.5e-7, "", "2.5e-07"), (0, "", "0"), (float("nan"), "", ""), (None, "ms", "")])
+def test_numbers_as_readers_see_them(value, unit, text):
+    assert findings.number(value, unit) == text
+
+
+def test_time_ratio_needs_exactly_one_row_a_side_and_paired_rounds(tmp_path):
+    report_world.write_world(tmp_path)
+    place = report.find_places(tmp_path)[0][0]
+    fast, slow = dict(variant="fast"), dict(variant="slow")
+    assert findings.time_ratio("demo_speed", fast, slow)(place) is None, "two lengths: not one row"
+    assert findings.time_ratio("demo_speed", fast, dict(variant="huge"), pair=["length"])(place) is None
+    assert findings.time_ratio("demo_speed", fast, slow, length=64)(place).n == 25
+    raw = read_csv(place.folder / "demo_speed_raw.csv")
+    write_csv(place.folder / "demo_speed_raw.csv", raw.iloc[1:])
+    assert findings.time_ratio("demo_speed", slow, fast, length=64)(place) is None
+
+
+# README
+
+
+def numbers_in(text):
+    """Numbers with a decimal point, or in front of % or ×, without those of links, versions and dates."""
+    text = re.sub(r"\]\([^)]*\)|torch [\w.+]+|95 % interval|\d{4}-\d\d-\d\d", " ", text)
+    found = re.findall(r"(?<![\w.])(\d+\.\d+(?:e[+-]?\d+)?|\d+(?= ?[%×]))( ?%)?", text)
+    return [(number, bool(percent)) for number, percent in found]
+
+
+def backed(number, percent, values, words):
+    """Whether a number is in the CSVs: as a value rounded to its digits, or written in a text cell."""
+    digits = len(number.split("e")[0].partition(".")[2])
+    if number in words:
+        return True
+    for value in values:
+        value = value * 100 if percent else value
+        shown = f"{value:.{digits}e}" if "e" in number else f"{value:.{digits}f}"
+        if shown == number:
+            return True
+    return False
+
+
+def unbacked(root):
+    """The numbers in the README's generated blocks that are in no CSV."""
+    tables = [report.collect(root).runs, claims_of(root), findings_of(root)]
+    cells = [cell for table in tables for cell in table.drop(columns="answer", errors="ignore").to_numpy().ravel()]
+    values = [float(c) for c in cells if isinstance(c, (int, float)) and not isinstance(c, bool)]
+    words = " ".join(c for c in cells if isinstance(c, str))
+    words = set(re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", words))
+    values += [float(w) for w in words]
+    blocks = "\n".join(body for *_, body, _ in report.BLOCK.findall((root / "README.md").read_text()))
+    return [n for n, percent in numbers_in(blocks) if not backed(n, percent, values, words)]
+
+
+def test_every_number_in_generated_blocks_is_in_a_csv(world, tmp_path):
+    assert len(numbers_in((world / "README.md").read_text())) > 20
+    assert unbacked(world) == []
+    forged = shutil.copytree(world, tmp_path / "forged")
+    readme = (forged / "README.md").read_text()
+    (forged / "README.md").write_text(readme.replace("0.33", "0.77", 1))
+    assert len(unbacked(forged)) == 1
+
+
+def test_readme_blocks_are_filled_and_prose_is_kept(world):
+    text = (world / "README.md").read_text()
+    assert text.startswith("# Title\n\nWords.") and text.endswith("More words.\n")
+    assert "![An invented overview of ssm on Tesla T4](figures/ssm/tesla-t4/overview.png)" in text
+    assert "**Is fast faster?**" in text and "[ssm_demo](results/ssm/tesla-t4/ssm_demo.ipynb)" in text
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (world / target).exists(), target
+    with pytest.raises(ValueError, match="report:nonsense is none of"):
+        report.fill("<!-- report:nonsense -->\n<!-- /report:nonsense -->", report.collect(world))
+
+
+def test_check_names_what_is_stale(world, tmp_path, invented, capsys):
+    root = shutil.copytree(world, tmp_path / "copy")
+    words = ["--root", str(root)]
+    assert report.main([*words, "--check"]) == 0 and capsys.readouterr().out == ""
+    path = root / "results/ssm/tesla-t4/claims.csv"
+    write_csv(path, read_csv(path).assign(measured=7.5))
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert report.main([*words, "--check"]) == 1
+    said = capsys.readouterr().out
+    for name in ("results/claims.csv", "README.md", "results/report.html", "results/poster.pdf"):
+        assert f"{name}: stale" in said
+    assert before == {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}, "a check changes nothing"
+    assert report.main(words) == 0 and report.main([*words, "--check"]) == 0
+    assert "7.5" in (root / "README.md").read_text()
+
+
+# The repository's own report
+
+
+def real_report():
+    if not report.find_places(ROOT)[0]:
+        pytest.skip("no results in the repository yet")
+
+
+def test_the_reports_in_the_repository_are_up_to_date():
+    real_report()
+    assert [p.name for p in report.stale(ROOT)] == []
+
+
+def test_the_repositorys_numbers_claims_and_verdicts_are_backed():
+    real_report()
+    assert unbacked(ROOT) == []
+    claims, statements = claims_of(ROOT), read_csv(report.STATEMENTS)
+    assert set(claims["id"]) == set(statements["id"])
+    judged = claims[claims["verdict"] != "not testable here"]
+    assert judged[["measured", "source"]].notna().all(axis=None)
+    for row in judged.to_dict("records"):
+        for name in re.findall(r"[\w.-]+\.csv", row["source"]):
+            assert (ROOT / "results" / row["place"] / name).exists(), f"{row['id']}: {name}"
+
+
+def test_the_readmes_prose_states_no_measured_number():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {name for _, name, *_ in report.BLOCK.findall(text)} == set(report.BLOCKS)
+    prose = report.BLOCK.sub("", text)
+    prose = re.sub(r"```.*?```|arXiv:\d{4}\.\d{4,5}|Python \d\.\d+|`[^`]*`", " ", prose, flags=re.S)
+    assert re.findall(r"\d+\.\d+|\d+\s*(?:%|×|ms\b|MiB|points|times|images)", prose) == []
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
+        assert target.startswith("results/") or (ROOT / target).exists(), target
+
+
+# The page
+
+
+class Reader(HTMLParser):
+    """Collects links, images and unbalanced tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack, self.wrong, self.images, self.links, self.other = [], [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in ("meta", "link", "img", "br"):
+            self.stack.append(tag)
+        if tag == "img":
+            self.images.append(attributes)
+        elif tag == "a":
+            self.links.append(attributes["href"])
+        elif "src" in attributes or tag == "link":
+            self.other.append(attributes.get("src") or attributes["href"])
+
+    def handle_endtag(self, tag):
+        if not self.stack or self.stack.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_page_stands_alone(world):
+    path = world / "results/report.html"
+    reader = Reader()
+    reader.feed(path.read_text())
+    assert reader.wrong == [] and reader.stack == []
+    assert len(reader.images) == 6 and all(i["src"].startswith("data:image/webp;base64,") for i in reader.images)
+    assert {i["alt"] for i in reader.images} >= {"An invented detail of ssm on Tesla T4"}
+    assert reader.other == ["data:,"]
+    for link in reader.links:
+        assert link.startswith("#") or (path.parent / link).exists(), link
+    assert path.stat().st_size < report_page.MOST_BYTES
+
+
+def test_page_escapes_what_it_shows(tmp_path, invented):
+    report_world.write_world(tmp_path)
+    path = tmp_path / "results/ssm/tesla-t4/claims.csv"
+    write_csv(path, read_csv(path).assign(reason="<script>alert(1)</script> & more"))
+    page = report_page.page(report.collect(tmp_path), "mark")
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+
+
+def test_pictures_shrink_until_the_page_is_small(tmp_path, monkeypatch):
+    report_world.write_figure(tmp_path / "f.png", "a")
+    figures = [dict(path=tmp_path / "f.png")]
+    uri, width, height = report_page.embed(figures)[tmp_path / "f.png"]
+    assert (width, height) == (1200, 675)
+    monkeypatch.setattr(report_page, "MOST_BYTES", len(uri) // 2)
+    assert report_page.embed(figures)[tmp_path / "f.png"][1] == 800
+
+
+def test_report_without_any_run(tmp_path):
+    (tmp_path / "README.md").write_text("<!-- report:findings -->\n<!-- /report:findings -->\n")
+    assert len(report.write(tmp_path)) == 5 and report.stale(tmp_path) == []
+    assert "No run has finished here yet" in (tmp_path / "README.md").read_text()
+
+
+# The poster
+
+
+def test_poster_is_one_legible_a1_page_without_overflow(world, invented):
+    data = (world / "results/poster.pdf").read_bytes()
+    boxes = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", data)
+    assert [[round(float(v) / 72 * 25.4) for v in box] for box in boxes] == [[841, 594]]
+    figure = poster.draw(report.collect(world))
+    figure.set_dpi(72)
+    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
+    texts = [t for t in figure.texts if t.get_text().strip()]
+    assert len(texts) > 20 and min(t.get_fontsize() for t in texts) >= 24
+    boxes = [t.get_window_extent(renderer) for t in texts]
+    assert all(b.x0 >= 30 and b.y0 >= 20 and b.x1 <= figure.bbox.x1 - 30 and b.y1 <= figure.bbox.y1 - 20 for b in boxes)
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    for i, box in enumerate(boxes):
+        for other, words in zip([*boxes[i + 1:], *panels], [*texts[i + 1:], *panels], strict=True):
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            down = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert across <= 0 or down <= 2, f"{texts[i].get_text()!r} overlaps {words}"
+
+
+def test_poster_is_the_same_twice(world, invented):
+    found = report.collect(world)
+    assert poster.pdf(found, report.fingerprint(found)) == (world / "results/poster.pdf").read_bytes()
+
+
+# After a run
+
+
+@pytest.mark.parametrize("words, status, writes", [
+    ([], "ok", True), (["--mode", "cpu"], "ok", True), (["--mode", "smoke"], "ok", False),
+    (["--mode", "cpu", "--out", "elsewhere"], "ok", False), (["--mode", "cpu"], "failed", False)])
+def test_a_good_run_writes_the_report(tmp_path, monkeypatch, capsys, words, status, writes):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "find_notebooks", lambda only: [tmp_path / "ssm/good.ipynb"])
+    monkeypatch.setattr(run, "parameters", lambda path: {})
+    monkeypatch.setattr(run, "run_one", lambda path, *_: (status, "", path.parent))
+    assert run.run(run.parse(words)) == int(status != "ok")
+    assert (tmp_path / "results/report.html").exists() == writes == ("report: results/" in capsys.readouterr().out)
+
+
+def test_a_broken_report_fails_the_run_and_spoils_nothing(world, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(world, tmp_path / "copy")
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    monkeypatch.setattr(run, "ROOT", root)
+    monkeypatch.setattr(run, "find_notebooks", lambda only: [])
+    monkeypatch.setattr(report, "STATEMENTS", tmp_path / "no-such-file.csv")
+    assert run.run(run.parse(["--mode", "cpu"])) == 1
+    assert "the report was not written: FileNotFoundError" in capsys.readouterr().err
+    after = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and ".staging" not in p.parts}
+    assert after == before
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, driven by selenium; skips where either is absent."""
+    if not importlib.util.find_spec("selenium"):
+        pytest.skip("selenium is not installed (tests/requirements.txt)")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("no chromium and chromedriver (Debian: apt install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def show(browser, path, width=1280, scheme="light"):
+    """Open a page at a width in a colour scheme."""
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [dict(name="prefers-color-scheme", value=scheme)]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=features))
+    browser.get(path.as_uri())
+
+
+def pages(world):
+    """The invented report, and the repository's own if there is one."""
+    return [p for p in (world / "results/report.html", ROOT / "results/report.html") if p.exists()]
+
+
+def test_browser_loads_it_without_errors_and_every_image_decodes(world, browser):
+    for path in pages(world):
+        browser.get_log("browser")
+        show(browser, path)
+        broken = browser.execute_async_script("""const done = arguments[0], images = [...document.images];
+            Promise.allSettled(images.map(i => i.decode())).then(found =>
+                done(images.filter((image, k) => found[k].status != "fulfilled" || !image.naturalWidth).length));""")
+        assert broken == 0
+        assert [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+        assert browser.execute_script("return performance.getEntriesByType('resource')"
+                                      ".filter(r => !r.name.startsWith('data:')).length") == 0
+
+
+def test_browser_filters_by_suite_and_verdict(world, browser):
+    claims = claims_of(world)
+    show(browser, world / "results/report.html")
+    pick = """for (const [id, value] of Object.entries(arguments[0])) {
+            const choice = document.getElementById(id);
+            choice.value = value;
+            choice.dispatchEvent(new Event("change"));
+        }
+        const rows = [...document.querySelectorAll("#claims-table tbody tr")];
+        return [rows.filter(r => r.offsetParent !== null).length, document.getElementById("shown").textContent]"""
+    for suite in ("", "ssm", "vlm"):
+        for verdict in ("", *report.VERDICTS):
+            mine = claims[(claims["suite"] == suite) | (suite == "")]
+            expected = int(((mine["verdict"] == verdict) | (verdict == "")).sum())
+            visible, said = browser.execute_script(pick, dict(suite=suite, verdict=verdict))
+            assert visible == expected and said == f"{expected} of {len(claims)} shown", (suite, verdict)
+
+
+@pytest.mark.parametrize("width", [320, 375, 768, 1280])
+def test_browser_never_scrolls_sideways(world, browser, width):
+    for path in pages(world):
+        show(browser, path, width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        wide = browser.execute_script("""return [...document.querySelectorAll("body *")].filter(e =>
+            e.getBoundingClientRect().right > innerWidth + 1 && getComputedStyle(e).position != "absolute"
+            && !e.closest("thead")).map(e => e.outerHTML.slice(0, 80))""")
+        assert wide == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_browser_accessibility(world, browser, scheme, width):
+    if not importlib.util.find_spec("axe_core_python"):
+        pytest.skip("axe-core-python is not installed (tests/requirements.txt)")
+    from axe_core_python.selenium import Axe
+
+    for path in pages(world):
+        show(browser, path, width, scheme)
+        rules = dict(runOnly=["wcag2a", "wcag2aa", "wcag21aa", "best-practice"])
+        found = Axe().run(browser, options=rules)
+        wrong = {v["id"]: v["nodes"][0]["html"][:120] for v in found["violations"]}
+        assert wrong == {} and any(p["id"] == "color-contrast" for p in found["passes"])
+
+
+def test_browser_prints_it(world, browser):
+    import base64
+
+    show(browser, world / "results/report.html")
+    data = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", dict(printBackground=False))["data"])
+    assert data.startswith(b"%PDF") and len(data) > 10_000
