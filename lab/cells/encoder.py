@@ -27,14 +27,16 @@ class Tokens:
     macs: int = 0  # multiply-adds per image so far, the reducer's own matrix products included
 
 
-def attention_step(tokens, block, heads, queries=None, size_bias=True, implementation="sdpa"):
+def attention_step(tokens, block, heads, queries=None, size_bias=1.0, implementation="sdpa"):
     """x += attention(norm1(x)) for the first `queries` tokens (None = all); the others leave.
 
-    size_bias: a token that stands for s patches gets log s on its logits, as if it were there s times."""
+    size_bias: a token of size s gets size_bias · log s on its logits; with 1 as if it were there s times."""
     x = block.norm1(tokens.x)
     n, d = x.shape[1], x.shape[2]
     m = n if queries is None else queries
-    bias = None if tokens.sizes is None or not size_bias else tokens.sizes.log()[:, None, None].to(x.dtype)
+    bias = None
+    if tokens.sizes is not None and size_bias:
+        bias = (tokens.sizes.log() * size_bias)[:, None, None].to(x.dtype)
     q, k, v = (split_heads(layer(y), heads) for layer, y in
                ((block.q, x[:, :m]), (block.k, x), (block.v, x)))
     mixed = attend(q, k, v, bias, implementation)
@@ -49,11 +51,13 @@ def mlp_step(tokens, block):
     tokens.macs += 2 * tokens.x.shape[1] * tokens.x.shape[2] * block.hidden
 
 
-def run_encoder(tower, pixels, reducer=None, trace=False, implementation="sdpa", interpolate=False):
+def run_encoder(tower, pixels, reducer=None, trace=False, implementation="sdpa", interpolate=None):
     """All layers of a tower. pixels: (B, 3, H, W) → Tokens with x (B, N, D) before the final norm.
 
+    interpolate: fit the position embeddings to the image size; None = where it is not the model's own.
     reducer=None is the dense encoder. With `reducer.cls_only_last` the last layer computes the CLS row only:
     nothing else of it is read, so the feature is the same."""
+    interpolate = pixels.shape[-1] != tower.image_size if interpolate is None else interpolate
     x = tower.embed(pixels, interpolate)
     tokens = Tokens(x, pixels, tower.prefix, len(tower.blocks))
     tokens.macs = (x.shape[1] - tower.prefix) * tower.patch.weight.numel()
@@ -68,7 +72,7 @@ def run_encoder(tower, pixels, reducer=None, trace=False, implementation="sdpa",
         if reducer is not None:
             reducer.before_layer(tokens)
         seen = tokens.x.shape[1]
-        bias = reducer is None or reducer.size_bias
+        bias = 1.0 if reducer is None else reducer.size_bias
         attention_step(tokens, block, tower.heads, 1 if shortcut else None, bias, implementation)
         if reducer is not None and not shortcut:
             reducer.after_attention(tokens)
@@ -84,7 +88,7 @@ def pooled_output(tower, tokens):
     return tower.pool(tokens.x, tokens.sizes.log() if merged else None)
 
 
-def encode_images(model, pixel_values, reducer=None, implementation="sdpa", interpolate=False):
+def encode_images(model, pixel_values, reducer=None, implementation="sdpa", interpolate=None):
     """L2-normalised image features (B, P) of a CLIP, SigLIP or ViT model, through our own encoder loop.
 
     reducer=None gives the model's own features. Raises TypeError for an unsupported model."""
@@ -103,8 +107,7 @@ def trace_encoder(model, reducer=None, pixel_values=None, image_size=None):
     if pixel_values is None:
         side = image_size or tower.image_size
         pixel_values = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
-    interpolate = pixel_values.shape[-1] != tower.image_size
-    tokens = run_encoder(tower, pixel_values, reducer, trace=True, interpolate=interpolate)
+    tokens = run_encoder(tower, pixel_values, reducer, trace=True)
     pooled = pooled_output(tower, tokens)
     projection = getattr(model, "visual_projection", None)
     tokens.macs += pooled.shape[-1] * projection.out_features if projection is not None else 0

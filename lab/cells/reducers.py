@@ -10,11 +10,11 @@ class Reducer:
 
     kind: 'keep' (its strength is a keep ratio in (0, 1]) or 'merge' (mean tokens merged per layer, >= 0).
     cls_only_last: compute only the CLS row of the last layer, which is exact where the CLS token is read.
-    size_bias: merged tokens count by their size in attention (log size added to the logits)."""
+    size_bias: weight of the log size on attention's logits; 1 lets a merged token count as often as its parts."""
 
     kind = "keep"
     cls_only_last = False
-    size_bias = True
+    size_bias = 1.0
 
     def at_input(self, tokens):
         """Before the first layer (and CLIP's first norm), positions already added."""
@@ -38,17 +38,20 @@ def kept_count(keep, n):
     return min(n, max(1, -int(-keep * n // 1)))
 
 
-def importance(tokens, samples=16):
+def importance(tokens, by_value=False, samples=16):
     """(B, N - prefix): attention that the CLS token pays to every other token, mean over heads.
 
-    Without a CLS token: the mean over `samples` evenly spaced queries. Reuses the layer's q and k."""
+    by_value: times the length of the token's value vector. Without a CLS token: the mean over `samples`
+    evenly spaced queries. Reuses the layer's q, k and v."""
     n = tokens.q.shape[2]
     rows = slice(0, 1) if tokens.prefix else slice(0, n, max(1, n // samples))
     q = tokens.q[:, :, rows]
     logits = q @ tokens.k.transpose(-1, -2) * q.shape[-1] ** -0.5
     logits = logits if tokens.logits_bias is None else logits + tokens.logits_bias
     tokens.macs += q.shape[1] * q.shape[2] * tokens.k.shape[2] * q.shape[3]
-    return torch.softmax(logits.float(), dim=-1).mean((1, 2))[:, tokens.prefix:]
+    attention = torch.softmax(logits.float(), dim=-1).mean(2)
+    attention = attention * tokens.v.float().norm(dim=-1) if by_value else attention
+    return attention.mean(1)[:, tokens.prefix:]
 
 
 def top_indices(scores, count):

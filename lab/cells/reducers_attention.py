@@ -19,17 +19,17 @@ from lab.cells.reducers import (
 class AttentionPruning(Reducer):
     """Keep the tokens that the CLS token attends to most, at a few layers, between attention and MLP.
 
-    keep: share that stays at each of `layers` (0-based). rest: 'drop'; 'fuse' (EViT, arXiv 2202.07800: one
+    keep: share that stays at each of `layers` (see `stages`). rest: 'drop'; 'fuse' (EViT, arXiv 2202.07800: one
     token, the mean of the dropped weighted by attention); 'merge' (each joins its most similar kept token)."""
 
-    def __init__(self, keep, layers=(3, 6, 9), rest="drop", cls_only_last=False):
-        self.keep, self.layers, self.rest = check_keep(keep), tuple(layers), rest
+    def __init__(self, keep, layers=None, rest="drop", cls_only_last=False):
+        self.keep, self.layers, self.rest = check_keep(keep), layers, rest
         self.cls_only_last = cls_only_last
 
     def after_attention(self, tokens):
         n = tokens.x.shape[1] - tokens.prefix
         count = kept_count(self.keep, n)
-        if tokens.layer not in self.layers or count == n:
+        if tokens.layer not in stages(self.layers, tokens.depth) or count == n:
             return
         scores = importance(tokens)
         kept, rest = split_kept(tokens, scores, count)
@@ -41,6 +41,11 @@ class AttentionPruning(Reducer):
         drop(tokens, kept)
         if self.rest == "fuse":
             append(tokens, fused)
+
+
+def stages(layers, depth):
+    """The layers (0-based) to act in; None = after a quarter, half and three quarters of the depth."""
+    return tuple(layers) if layers is not None else (depth // 4, depth // 2, 3 * depth // 4)
 
 
 def most_similar(tokens, kept, rest):
@@ -55,35 +60,37 @@ class RatioSchedule(Reducer):
     """DynamicViT's schedule (arXiv 2106.02034) without its trained predictor: before each of `layers`
     keep, keep², keep³ … of the patches, by the CLS attention of the layer before."""
 
-    def __init__(self, keep, layers=(3, 6, 9), cls_only_last=False):
-        self.keep, self.layers, self.cls_only_last = check_keep(keep), tuple(layers), cls_only_last
+    def __init__(self, keep, layers=None, cls_only_last=False):
+        self.keep, self.layers, self.cls_only_last = check_keep(keep), layers, cls_only_last
 
     def at_input(self, tokens):
         self.patches = tokens.x.shape[1] - tokens.prefix
 
     def before_layer(self, tokens):
-        if tokens.layer not in self.layers:
+        layers = stages(self.layers, tokens.depth)
+        if tokens.layer not in layers:
             return
-        stage = self.layers.index(tokens.layer) + 1
+        stage = layers.index(tokens.layer) + 1
         count = max(1, int(self.patches * self.keep**stage))
         if count < tokens.x.shape[1] - tokens.prefix:
             drop(tokens, split_kept(tokens, importance(tokens), count)[0])
 
 
 class PruMergeLike(Reducer):
-    """After PruMerge+ (arXiv 2403.15388) at one layer: keep half by CLS attention and half evenly spread;
+    """After PruMerge+ (arXiv 2403.15388) at one layer (after a quarter): keep half by CLS attention and half evenly spread;
     to each kept token its `near` most similar dropped ones are added, weighted by their CLS attention.
 
     PruMerge lets the count vary by image, which cannot be batched, and lets tokens grow: here the share is
     fixed and the sum is divided by its weights, since no later layer was trained for longer tokens."""
 
-    def __init__(self, keep, layer=3, near=32, cls_only_last=False):
+    def __init__(self, keep, layer=None, near=32, cls_only_last=False):
         self.keep, self.layer, self.near, self.cls_only_last = check_keep(keep), layer, near, cls_only_last
 
     def after_attention(self, tokens):
         n, p = tokens.x.shape[1] - tokens.prefix, tokens.prefix
         count = kept_count(self.keep, n)
-        if tokens.layer != self.layer or count == n:
+        layer = tokens.depth // 4 if self.layer is None else self.layer
+        if tokens.layer != layer or count == n:
             return
         scores = importance(tokens).to(tokens.x.dtype)
         by_attention = scores.topk((count + 1) // 2, dim=1).indices

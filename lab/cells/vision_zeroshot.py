@@ -40,16 +40,33 @@ def image_features(model, images, reducer=None, batch=50):
     return torch.cat(parts)
 
 
-def fidelity(features, dense, text=None, labels=None):
-    """How well reduced features (N, P) keep what the dense ones say: cosine, agreement, accuracy.
+def share_interval(share, n, z=1.96):
+    """95 % interval (Wilson) of a share observed in n trials."""
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
-    text: (C, P) or None; labels: (N,) or None. Without them those numbers are absent."""
+
+def mean_interval(values):
+    """(mean, low, high): 95 % interval of the mean, normal approximation. values: (n,)."""
+    mean, half = values.float().mean().item(), 1.96 * values.float().std().item() / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def fidelity(features, dense, text=None, labels=None):
+    """How well reduced features (N, P) keep what the dense ones say: cosine, agreement, accuracy, intervals.
+
+    text: (C, P) or None; labels: (N,) or None. Without them those numbers are absent. The accuracy's change
+    against the dense features is paired by image."""
     cosine = (features * dense).sum(-1)
-    row = dict(n_images=len(features), cosine_mean=float(cosine.mean()),
-               cosine_p5=float(cosine.quantile(0.05)), cosine_min=float(cosine.min()))
-    if text is not None:
-        predicted, expected = ((f @ text.T.cpu()).argmax(-1) for f in (features, dense))
-        row["top1_agreement"] = float((predicted == expected).float().mean())
-        if labels is not None:
-            row["top1_accuracy"] = float((predicted == labels).float().mean())
+    row = dict(n_images=len(features), cosine_p5=float(cosine.quantile(0.05)), cosine_min=float(cosine.min()))
+    row["cosine_mean"], row["cosine_low"], row["cosine_high"] = mean_interval(cosine)
+    if text is None:
+        return row
+    predicted, expected = ((f @ text.T.cpu()).argmax(-1) for f in (features, dense))
+    share = row["top1_agreement"] = float((predicted == expected).double().mean())
+    row["top1_agreement_low"], row["top1_agreement_high"] = share_interval(share, len(features))
+    if labels is not None:
+        row["top1_accuracy"] = float((predicted == labels).double().mean())
+        change = (predicted == labels).double() - (expected == labels).double()
+        row["accuracy_change"], row["accuracy_change_low"], row["accuracy_change_high"] = mean_interval(change)
     return row
