@@ -143,16 +143,17 @@ def test_refusals_name_the_parameter(nb, change, message):
 
 def test_forms_keep_the_type_and_can_be_fine_tuned(nb):
     kernel = planted().float()
+    target = 1.1 * kernel  # distilled forms are at an optimum for the kernel itself
     for method, rank in (("svd", 2), ("taps", 10), ("blocks", 2), ("hankel", 3)):
         form = nb["distill"](kernel, method, rank=rank)
         assert form(100).dtype == torch.float32 and not form(100).is_complex()
-        before = (form(100) - kernel).square().sum()
+        before = (form(100) - target).square().sum()
         before.backward()
         with torch.no_grad():
             for parameter in form.parameters():
                 assert parameter.grad is not None and parameter.grad.isfinite().all()
                 parameter -= 1e-5 * parameter.grad
-        assert (form(100) - kernel).square().sum() < before
+        assert (form(100) - target).square().sum() < before
 
 
 def test_stored_numbers(nb):
