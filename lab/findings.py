@@ -54,7 +54,8 @@ class Finding:
     """One question, and the sentence that answers it once `measure(place)` has found the rows.
 
     answers: what to say if the interval is below, around or above `threshold`. The sentence may use {answer},
-    {value}, {interval}, and the names in `Measured.words`. unit: '×', '%' (value is a share) or a plain unit.
+    {value}, {interval}, and the names in `Measured.words`. unit: '×', '%' (value is a share), 'points' (a difference
+    of shares) or a plain unit.
     """
 
     key: str
@@ -74,6 +75,8 @@ def number(value, unit=""):
     value = float(value)
     if unit == "%":
         return f"{100 * value:.1f} %"
+    if unit == "points":
+        return f"{100 * value:+.1f} points".replace("-", "−")
     size = abs(value)
     if size >= 1e6:
         text = f"{value:.2e}"
@@ -90,9 +93,9 @@ def interval(found, unit=""):
     """' (low–high)' of a Measured, '' without one."""
     if any(v is None or pd.isna(v) for v in (found.low, found.high)):
         return ""
-    sign = "" if unit not in ("%", "×") else " %" if unit == "%" else "×"
+    sign = {"%": " %", "×": "×", "points": " points"}.get(unit, f" {unit}")
     low, high = (number(v, unit).removesuffix(sign) for v in (found.low, found.high))
-    return f" ({low}–{high})"
+    return f" ({low} to {high})" if unit == "points" else f" ({low}–{high})"
 
 
 def answer(finding, found):
@@ -127,16 +130,20 @@ def describe(where):
     return ", ".join(f"{k}={v}" for k, v in where.items() if not callable(v))
 
 
-def time_ratio(name, a, b, pair=(), at=max, **common):
-    """median time of rows `a` over that of rows `b`, bootstrapped over the raw times of the same rounds.
+def time_ratio(name, a, b, pair=(), at=max, per=None, words=(), **common):
+    """Median time of rows `a` over that of rows `b`, bootstrapped over the raw times of the same rounds.
 
-    name: the table without '.csv'; a, b, common: selections. pair: columns that both sides share; of the
-    values that both have, `at` picks one (the largest by default)."""
+    name: the table without '.csv'; a, b, common: selections, or functions of a Place that give one. pair: columns
+    that both sides share; of the values that both have, `at` picks one (the largest by default). per: a column to
+    divide the times by, such as tokens. words: columns of row `b` for the sentence."""
     def measure(place):
+        a_here, b_here = (side(place) if callable(side) else side for side in (a, b))
+        if a_here is None or b_here is None:
+            return None
         table, raw = place.read(f"{name}.csv"), place.read(f"{name}_raw.csv")
         if table is None or raw is None:
             return None
-        sides = [rows(table, dict(common, **side)) for side in (a, b)]
+        sides = [rows(table, common | side) for side in (a_here, b_here)]
         where = {}
         for column in pair:
             shared = set.intersection(*(set(side[column]) for side in sides))
@@ -150,12 +157,13 @@ def time_ratio(name, a, b, pair=(), at=max, **common):
         times = []
         for side in sides:
             mine = rows(raw, {k: side[k].iloc[0] for k in keys if not pd.isna(side[k].iloc[0])})
-            times.append(mine.sort_values("i")["latency_ms"].to_numpy())
+            times.append(mine.sort_values("i")["latency_ms"].to_numpy() / (side[per].iloc[0] if per else 1))
         if len(times[0]) != len(times[1]) or not len(times[0]):
             return None
         ratio, low, high = ratio_interval(*times)
-        source = f"{name}_raw.csv: {describe(dict(common, **where, **a))} over {describe(b)}"
-        return Measured(ratio, low, high, len(times[0]), source, tuple(where.items()))
+        source = f"{name}_raw.csv: {describe(common | where | a_here)} over {describe(b_here)}"
+        told = where | {word: sides[1][word].iloc[0] for word in words}
+        return Measured(ratio, low, high, len(times[0]), source, tuple(told.items()))
     return measure
 
 
@@ -188,7 +196,106 @@ def claim(name):
     return measure
 
 
-FINDINGS = []
+def crossing(name, **where):
+    """From which length on a scan stays faster than attention; words: {crossing}, the statement in words."""
+    def measure(place):
+        table = place.read(f"{name}.csv")
+        chosen = table if table is None else rows(table, where)
+        if chosen is None or len(chosen) != 1:
+            return None
+        row, source = chosen.iloc[0], f"{name}.csv: {describe(where)}"
+        first, last = (number(row[c]) for c in ("from_length", "to_length"))
+        if pd.isna(row["crossover_length"]):
+            told = f"not faster at any length up to {last} tokens"
+            return Measured(row["to_length"], source=source, words=(("crossing", told),))
+        found = Measured(row["crossover_length"], row["low"], row["high"], source=source)
+        at_once = row["crossover_length"] <= row["from_length"]
+        told = f"faster at every length from {first} tokens, the shortest measured" if at_once else \
+            f"faster from {number(found.value)} tokens on{interval(found)}"
+        return Measured(found.value, found.low, found.high, None, source, (("crossing", told),))
+    return measure
+
+
+def distilled_order(place):
+    """The smallest timed state space that is large enough for every long trained kernel at its tolerance."""
+    orders, timed = (place.read(f"kernel_distillation_{n}.csv") for n in ("orders", "latency"))
+    if orders is None or timed is None:
+        return None
+    orders = rows(orders, dict(task="long", method="hankel"))
+    timed = rows(timed, dict(phase="decode", kernel="per channel", method="hankel"))
+    if orders.empty or timed.empty or not orders["reached"].astype(bool).all():
+        return None
+    enough = timed.loc[timed["rank"] >= orders["modes"].max(), "rank"]
+    return None if enough.empty else dict(method="hankel", rank=int(enough.min()))
+
+
+def explicit_form(place):
+    """The faster of the explicit convolutions."""
+    timed = place.read("kernel_distillation_latency.csv")
+    if timed is None:
+        return None
+    timed = rows(timed, {"phase": "decode", "kernel": "per channel", "method": lambda m: m.str.startswith("explicit")})
+    return None if timed.empty else dict(method=timed.sort_values("us_per_token")["method"].iloc[0])
+
+
+def tokens(column, n, method):
+    """A cell of the comparison of token reductions at half the compute, with the interval beside it."""
+    return cell("token_reduction_methods", column, f"{column}_low", f"{column}_high", n, ["macs_share"],
+                method=method, budget=0.5)
+
+
+FORWARD = {"pass": "forward"}
+SPLIT = dict(variant="SplitMRSS r=8 α=0.75")
+FINDINGS = [
+    Finding("mrss", "ssm", "Is MRSS faster than its baseline?",
+            time_ratio("mrss_proxy_results", dict(variant="MRSS r=4 (stock conv)"), dict(variant="Baseline (stock conv)"),
+                       experiment="original"),
+            "As proposed (r = 4, the original's best) it is {answer}: {value}{interval} the baseline's time."),
+    Finding("split_forward", "ssm", "Does splitting the channels by rate win instead?",
+            time_ratio("mrss_proxy_results", dict(variant="Baseline"), SPLIT, pair=["batch"], experiment="designs",
+                       **FORWARD),
+            "SplitMRSS (r = 8 on 3 of 4 channels) runs {value}{interval} as fast as the baseline with the same fast "
+            "convolution."),
+    Finding("split_training", "ssm", "Also with gradients?",
+            time_ratio("mrss_proxy_results", dict(variant="Baseline"), SPLIT, pair=["batch"], experiment="designs",
+                       **{"pass": "forward+backward"}),
+            "Forward and backward, SplitMRSS runs {value}{interval} as fast as that baseline."),
+    Finding("scan_library", "ssm", "Is a scan in plain PyTorch faster than the transformers library's?",
+            time_ratio("scan_speed", dict(variant="SSD transformers, Q=256"), dict(variant="SSD (ours)"),
+                       pair=["length"], **FORWARD),
+            "Mamba-2's scan at {length} tokens: {value}{interval} as fast as the library's PyTorch path."),
+    Finding("scan_attention", "ssm", "From which length on does a scan beat attention?",
+            crossing("scan_crossover", variant="SSD (ours)", **FORWARD),
+            "Mamba-2's scan against PyTorch's fused attention, forward: {crossing}.", ""),
+    Finding("scan_decode", "ssm", "Is a token after a long context cheaper with a state than with a cache?",
+            time_ratio("scan_decode", dict(variant="attention"), dict(variant="Mamba-2"), pair=["context"]),
+            "After {context} tokens, a Mamba-2 layer decodes {value}{interval} as fast as an attention layer."),
+    Finding("distil_decode", "ssm", "Does distilling a long convolution make decoding cheaper?",
+            time_ratio("kernel_distillation_latency", explicit_form, distilled_order, words=["rank", "taps"],
+                       phase="decode", kernel="per channel", per="tokens"),
+            "A state space of {rank} modes, enough for every trained kernel of {taps} taps, decodes {value}{interval} "
+            "as fast as the convolution."),
+    Finding("distil_blocks", "ssm", "And next to exact decoding in blocks?",
+            time_ratio("kernel_distillation_latency", dict(method="blocked"), distilled_order, words=["rank"],
+                       phase="decode", kernel="per channel", per="tokens"),
+            "The same state space is {value}{interval} as fast as the exact convolution computed in blocks."),
+    Finding("distil_error", "ssm", "Do distilled kernels stay within one per cent?", claim("A18"),
+            "A plainly trained dense kernel with ten times fewer numbers: {value}{interval} relative output error.", "%"),
+    Finding("tokens_ours", "vlm", "How many of its answers does CLIP keep at half the compute?",
+            tokens("top1_agreement", n="n_images", method="ours"),
+            "Merging similar tokens our way, at {macs_share:.0%} of the multiply-adds: {value}{interval} of the zero-shot "
+            "answers stay the same.", "%"),
+    Finding("tokens_vtp", "vlm", "And with the original rule, keeping the patches of largest norm?",
+            tokens("top1_agreement", n="n_images", method="vtp"),
+            "At {macs_share:.0%} of the multiply-adds: {value}{interval}.", "%"),
+    Finding("tokens_tome", "vlm", "Is our merging better than ToMe?",
+            tokens("agreement_minus_tome", n="n_images", method="ours"),
+            "On the same images, at {macs_share:.0%} of the multiply-adds, it is {answer} ToMe: {value}{interval} agreement.",
+            "points", 0.0, ("worse than", "not distinguishable from", "better than")),
+    Finding("tokens_time", "vlm", "Does the saving show on the clock?",
+            time_ratio("token_reduction_latency", dict(method="dense"), dict(method="ours"), pair=["batch"], budget=0.5),
+            "Batch {batch}, half the multiply-adds: {value}{interval} as fast as the whole encoder."),
+]
 
 
 def collect(places, findings=None):
@@ -202,5 +309,6 @@ def collect(places, findings=None):
                     key=finding.key, suite=finding.suite, question=finding.question,
                     answer=sentence(finding, measured), value=measured.value, low=measured.low,
                     high=measured.high, n=measured.n, unit=finding.unit, device=place.device,
-                    weights=place.weights, place=f"{place.suite}/{place.name}", source=measured.source))
+                    weights=place.weights, place=f"{place.suite}/{place.name}", source=measured.source,
+                    words="; ".join(f"{k}={v}" for k, v in measured.words)))
     return found

@@ -4,6 +4,7 @@ import io
 
 import matplotlib
 
+from lab import poster_charts
 from lab import report as text
 from lab.cells.figures import PALETTE
 
@@ -20,8 +21,13 @@ REFERENCES = ("References: Mamba, Gu & Dao, arXiv:2312.00752 · Mamba-2 (SSD), D
               "arXiv:2206.11893 · Octave convolution, Chen et al., arXiv:1904.05049 · Laughing Hyena, Massaroli et al., "
               "arXiv:2310.18780 · CLIP, Radford et al., arXiv:2103.00020 · Token merging, Bolya et al., arXiv:2210.09461 · "
               "EViT, Liang et al., arXiv:2202.07800")
-# suite, caption, names: method diagrams first, then the four figures; the first name that exists is shown
-FIGURES = []
+# suite, caption, names of figures: the method diagrams; the first name that exists is shown
+DIAGRAMS = [("ssm", "What runs at which rate", "mrss_designs.png")]
+# suite, caption, chart: drawn for the first device (a GPU where there is one) that has the CSV
+CHARTS = [("ssm", "Several rates: time relative to the baseline", poster_charts.rates),
+          ("ssm", "A scan against attention: time over length", poster_charts.scan),
+          ("ssm", "A long convolution, distilled: cost of a token", poster_charts.distilled),
+          ("vlm", "Fewer tokens: answers kept over compute", poster_charts.tokens)]
 
 
 def text_width(words, size, weight="normal"):
@@ -49,9 +55,11 @@ class Page:
     """A matplotlib figure with the origin at the top left, in inches."""
 
     def __init__(self):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
+        self.figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white", dpi=72)
+        FigureCanvasAgg(self.figure)
 
     def lines(self, lines, x, y, size, weight="normal", color=INK):
         """Write lines downwards from y; returns the y below them."""
@@ -106,37 +114,74 @@ def draw_header(page, report):
     return max(y, top)
 
 
+def finding_lines(row, size):
+    """(question, answer) of a finding as wrapped lines for the left column."""
+    n = "" if text.pd.isna(row["n"]) else f", n = {text.number(row['n'])}"
+    question = wrap(row["question"], size + 2, COLUMN, "bold")
+    return question, wrap(f"{row['answer']} [{row['device']}{n}]", size, COLUMN)
+
+
 def draw_findings(page, report, y, bottom):
-    """As many findings as there is room for, in the left column."""
+    """The findings in the left column, as large as they fit; at the smallest size, as many as there is room for."""
     y = page.lines(["Findings"], MARGIN, y, 40, "bold", PALETTE[0]) + 0.1
     if report.findings.empty:
         page.paragraph("No run has finished yet.", MARGIN, y, COLUMN, 26)
         return
-    first = report.findings.drop_duplicates("key")  # the first device: a GPU where there is one
-    for row in first.to_dict("records"):
-        question = wrap(row["question"], 26, COLUMN, "bold")
-        n = "" if text.pd.isna(row["n"]) else f", n = {text.number(row['n'])}"
-        answer = wrap(f"{row['answer']} [{row['device']}{n}]", SMALLEST, COLUMN)
-        if y + len(question) * height(26) + len(answer) * height(SMALLEST) > bottom:
-            continue
-        y = page.lines(question, MARGIN, y, 26, "bold")
-        y = page.lines(answer, MARGIN, y, SMALLEST) + 0.2
+    rows = report.findings.drop_duplicates("key").to_dict("records")  # the first device: a GPU where there is one
+    for size in (30, 28, 26, 25, SMALLEST):
+        lines = [finding_lines(row, size) for row in rows]
+        heights = [len(q) * height(size + 2) + len(a) * height(size) for q, a in lines]
+        if y + sum(heights) + 0.18 * len(rows) <= bottom:
+            break
+    gap = min(0.6, max(0.18, (bottom - y - sum(heights)) / len(rows)))
+    for (question, words), tall in zip(lines, heights, strict=True):
+        if y + tall <= bottom:
+            y = page.lines(question, MARGIN, y, size + 2, "bold")
+            y = page.lines(words, MARGIN, y, size) + gap
+
+
+def drawn_chart(report, page, suite, chart, box):
+    """The place whose CSV gave the chart, drawn into box (x, y, width, height); None without such a CSV."""
+    x, y, width, tall = box
+    with matplotlib.rc_context(poster_charts.STYLE):
+        axes = page.figure.add_axes([x / WIDTH, 1 - (y + tall) / HEIGHT, width / WIDTH, tall / HEIGHT])
+        for place in report.places:
+            if place.suite == suite and chart(axes, place):
+                inside = axes.get_tightbbox(page.figure.canvas.get_renderer()).transformed(page.figure.dpi_scale_trans.inverted())
+                frame = axes.get_window_extent().transformed(page.figure.dpi_scale_trans.inverted())
+                left, below = frame.x0 - inside.x0 + 0.1, frame.y0 - inside.y0 + 0.05
+                right, above = max(0, inside.x1 - frame.x1) + 0.1, max(0, inside.y1 - frame.y1) + 0.05
+                axes.set_position([(x + left) / WIDTH, 1 - (y + tall - below) / HEIGHT,
+                                   (width - left - right) / WIDTH, (tall - below - above) / HEIGHT])
+                return place
+        axes.remove()
+    return None
 
 
 def draw_figures(page, report, y, bottom):
-    """Method diagrams and figures, two columns, on the right."""
-    chosen = [(caption, text.choose_figure(report, suite, *names)) for suite, caption, *names in FIGURES]
-    chosen = [(caption, figure) for caption, figure in chosen if figure]
-    if not chosen:
+    """Method diagrams and charts, two columns, on the right."""
+    pictures = [(caption, text.choose_figure(report, suite, *names)) for suite, caption, *names in DIAGRAMS]
+    panels = [(caption, figure["path"]) for caption, figure in pictures if figure]
+    probe = Page()
+    panels += [(caption, (suite, chart)) for suite, caption, chart in CHARTS
+               if drawn_chart(report, probe, suite, chart, (0, 0, 10, 5))]
+    if not panels:
         return
     left = MARGIN + COLUMN + GAP
     width = (WIDTH - MARGIN - left - GAP) / 2
-    rows = -(-len(chosen) // 2)
-    space = (bottom - y) / rows
-    for i, (caption, figure) in enumerate(chosen):
+    space = (bottom - y) / max(2, -(-len(panels) // 2))
+    for i, (caption, what) in enumerate(panels):
         x, top = left + (i % 2) * (width + GAP), y + i // 2 * space
-        below = page.paragraph(caption, x, top, width, SMALLEST, "bold", PALETTE[0])
-        page.picture(figure["path"], x, below + 0.05, width, top + space - below - 0.25)
+        below = page.paragraph(caption, x, top, width, 26, "bold", PALETTE[0]) + 0.05
+        tall = top + space - below - 0.3
+        if isinstance(what, tuple):
+            suite, chart = what
+            tall -= height(SMALLEST)
+            place = drawn_chart(report, page, suite, chart, (x, below, width, tall))
+            where = text.where(dict(device=place.device, weights=place.weights))
+            page.lines([where], x, below + tall, SMALLEST, color=SOFT)
+        else:
+            page.picture(what, x, below, width, tall)
 
 
 def draw(report):

@@ -28,7 +28,7 @@ UNJUDGED = "no notebook measures it yet"
 COLUMNS = ["id", "suite", "statement", "quantity", "condition", "claimed", "unit", "measured", "low", "high", "n",
            "verdict", "reason", "device", "weights", "place", "source", "notebook", "mode", "git_commit", "utc_time"]
 FINDING_COLUMNS = ["key", "suite", "question", "answer", "value", "low", "high", "n", "unit", "device", "weights",
-                   "place", "source"]
+                   "place", "source", "words"]
 # the figures of the README, in order, and of the poster: the first that exists of each tuple
 HEADLINES = []
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n)(.*?)(<!-- /report:\2 -->)", re.S)
@@ -260,7 +260,8 @@ def fingerprint(report):
     inputs = [p for p in (report.root / "results").rglob("*") if p.suffix == ".csv" or p.name.endswith(".env.json")]
     inputs += [f["path"] for f in report.figures]
     code = [STATEMENTS, *(Path(__file__).with_name(n) for n in ("findings.py", "report.py", "report_page.py",
-                                                                "report_page.html", "poster.py"))]
+                                                                "report_page.html", "poster.py",
+                                                               "poster_charts.py"))]
     digest = hashlib.sha256()
     for path in [*sorted(set(inputs) - made), *code]:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

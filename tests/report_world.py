@@ -70,6 +70,60 @@ def write_place(root, suite, name, mode=None):
         write_figure(root / "figures" / suite / name / figure, f"An invented {figure[:-4]} of {suite} on {device}")
 
 
+def timed(folder, name, base, rows):
+    """A table and its raw times from dicts with `ms`; n rounds each, all the same."""
+    table, raw = [], []
+    for row in rows:
+        ms = row.pop("ms")
+        table.append(row | dict(latency_ms_median=ms, latency_ms_p20=0.9 * ms, latency_ms_p80=1.1 * ms, n_runs=9,
+                                status="ok") | base)
+        key = {k: v for k, v in row.items() if k in ("experiment", "variant", "pass", "batch", "seq_len", "length", "context",
+                                                     "phase", "kernel", "method", "rank", "budget")}
+        raw += [dict(key, i=i, latency_ms=ms) for i in range(9)]
+    write_csv(folder / f"{name}.csv", pd.DataFrame(table))
+    write_csv(folder / f"{name}_raw.csv", pd.DataFrame(raw))
+
+
+def write_project_tables(root):
+    """Invented CSVs with the names and columns that the project's own notebooks write."""
+    write_world(root)
+    place = root / "results/ssm/tesla-t4"
+    base = provenance("ssm", "Tesla T4", "gpu", "", "ssm_demo")
+    two = [("forward", 1), ("forward+backward", 3)]
+    stock = [dict(experiment="original", variant=f"{name} (stock conv)", batch=8, seq_len=64, ms=ms, speedup=30 / ms,
+                  speedup_low=29 / ms, speedup_high=31 / ms) | {"pass": "forward"}
+             for name, ms in (("Baseline", 30), ("MRSS r=1", 63), ("MRSS r=4", 45))]
+    designs = [dict(experiment="designs", variant=name, batch=batch, seq_len=64, ms=ms * batch * times, speedup=24 / ms,
+                    speedup_low=23 / ms, speedup_high=25 / ms) | {"pass": kind}
+               for name, ms in (("Baseline", 24), ("SplitMRSS r=8 α=0.75", 8), ("SparseMRSS r=16 ρ=0.125", 6))
+               for kind, times in two for batch in (1, 8)]
+    timed(place, "mrss_proxy_results", base, stock + designs)
+    variants = {"attention (sdpa)": 0.01, "SSD transformers, Q=256": 0.1, "SSD (ours)": 0.02, "S6 (ours)": 0.05}
+    timed(place, "scan_speed", base, [{"pass": "forward", "length": t, "variant": name, "ms": unit * t * (t / 256)**(name[0] == "a")}
+                                      for name, unit in variants.items() for t in (128, 256, 512, 1024)])
+    cross = dict(variant="SSD (ours)", crossover_length=512.0, low=500.0, high=530.0, from_length=128, to_length=1024)
+    write_csv(place / "scan_crossover.csv", pd.DataFrame([cross | {"pass": "forward"}]))
+    timed(place, "scan_decode", base, [dict(context=t, variant=name, ms=ms) for t in (256, 1024)
+                                       for name, ms in (("attention", t / 64), ("Mamba-2", 2), ("Mamba", 3))])
+    forms = [("explicit", 0, 1, 200.0), ("explicit, bmm", 0, 1, 100.0), ("blocked", 64, 64, 640.0), ("hankel", 4, 1, 1.0),
+             ("hankel", 16, 1, 2.0), ("hankel", 32, 1, 4.0)]
+    timed(place, "kernel_distillation_latency", base,
+          [dict(phase="decode", kernel="per channel", method=m, rank=r, tokens=t, taps=8192, us_per_token=1e3 * ms / t, ms=ms)
+           for m, r, t, ms in forms])
+    orders = [dict(task="long", kind="projected", method="hankel", reached=True, modes=m) for m in (3, 9)]
+    write_csv(place / "kernel_distillation_orders.csv", pd.DataFrame(orders))
+    place = root / "results/vlm/cpu-intel-xeon-2t/clip-tiny"
+    base = provenance("vlm", "Intel(R) Xeon(R) CPU @ 2.20GHz", "cpu", "clip-tiny", "vlm_demo")
+    rows = [dict(method=m, budget=b, macs_share=b - 0.01, top1_agreement=a, top1_agreement_low=a - 0.02,
+                 top1_agreement_high=a + 0.02, agreement_minus_tome=a - 0.9, agreement_minus_tome_low=a - 0.92,
+                 agreement_minus_tome_high=a - 0.88, n_images=1000, status="ok") | base
+            for b in (0.5, 0.75) for m, a in (("ours", 0.94), ("tome", 0.9), ("vtp", 0.7))]
+    rows.append(dict(method="other_model", budget=0.5, status="not measured: no network") | base)
+    write_csv(place / "token_reduction_methods.csv", pd.DataFrame(rows))
+    timed(place, "token_reduction_latency", base, [dict(method=m, budget=0.5, batch=b, ms=ms * b) for b in (1, 8)
+                                                   for m, ms in (("dense", 80.0), ("ours", 50.0))])
+
+
 def write_world(root):
     """All devices, a smoke run beside them, and a README with every block."""
     for suite, name in DEVICES:

@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import matplotlib.text
 import pandas as pd
 import pytest
 import report_world
@@ -46,8 +47,7 @@ def use_invented_lists(patch):
     """Findings and headline figures of the invented world instead of the project's."""
     patch.setattr(findings, "FINDINGS", FINDINGS)
     patch.setattr(report, "HEADLINES", [("ssm", "missing.png", "overview.png"), ("vlm", "overview.png")])
-    patch.setattr(poster, "FIGURES", [(s, f"What {n} shows in {s}", f"{n}.png") for n in ("overview", "detail")
-                                      for s in ("ssm", "vlm")])
+    patch.setattr(poster, "DIAGRAMS", [(s, f"The design in {s}", "overview.png") for s in ("ssm", "vlm")])
 
 
 def claims_of(root):
@@ -128,6 +128,43 @@ def test_time_ratio_needs_exactly_one_row_a_side_and_paired_rounds(tmp_path):
     raw = read_csv(place.folder / "demo_speed_raw.csv")
     write_csv(place.folder / "demo_speed_raw.csv", raw.iloc[1:])
     assert findings.time_ratio("demo_speed", slow, fast, length=64)(place) is None
+
+
+EXPECTED = dict(
+    mrss=(1.5, "it is slower: 1.50× (1.50–1.50) the baseline's time"), split_forward=(3, "3× (3–3) as fast"),
+    split_training=(3, "Forward and backward"), scan_library=(5, "at 1024 tokens: 5×"),
+    scan_attention=(512, "attention, forward: faster from 512 tokens on (500–530)."), scan_decode=(8, "After 1024 tokens"),
+    distil_decode=(50, "A state space of 16 modes, enough for every trained kernel of 8192 taps, decodes 50×"),
+    distil_blocks=(5, "5× (5–5) as fast as the exact convolution"),
+    tokens_ours=(0.94, "at 49% of the multiply-adds: 94.0 % (92.0–96.0)"), tokens_vtp=(0.7, "At 49% of the multiply-adds: 70.0 %"),
+    tokens_tome=(0.04, "it is better than ToMe: +4.0 points (+2.0 to +6.0) agreement."), tokens_time=(1.6, "Batch 8"))
+
+
+@pytest.fixture(scope="module")
+def project_tables(tmp_path_factory):
+    """A folder with invented CSVs that look like those of the project's notebooks. Read only."""
+    root = tmp_path_factory.mktemp("tables")
+    report_world.write_project_tables(root)
+    return root
+
+
+def test_the_projects_findings_say_what_the_tables_hold(project_tables):
+    found = report.collect(project_tables).findings.set_index("key")
+    for key, (value, words) in EXPECTED.items():
+        assert found.loc[key, "value"] == pytest.approx(value), key
+        assert words in found.loc[key, "answer"], (key, found.loc[key, "answer"])
+    assert len({f.key for f in findings.FINDINGS}) == len(findings.FINDINGS)
+    assert set(EXPECTED) <= {f.key for f in findings.FINDINGS}
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(crossover_length=None, low=None, high=None), "forward: not faster at any length up to 1024 tokens."),
+    (dict(crossover_length=128.0), "forward: faster at every length from 128 tokens, the shortest measured.")])
+def test_a_crossing_may_be_missing_or_before_the_first_length(project_tables, tmp_path, change, words):
+    root = shutil.copytree(project_tables, tmp_path / "copy")
+    path = root / "results/ssm/tesla-t4/scan_crossover.csv"
+    write_csv(path, read_csv(path).assign(**change))
+    assert words in report.collect(root).findings.set_index("key").loc["scan_attention", "answer"]
 
 
 # README
@@ -301,23 +338,33 @@ def test_report_without_any_run(tmp_path):
 # The poster
 
 
-def test_poster_is_one_legible_a1_page_without_overflow(world, invented):
+def test_poster_is_one_a1_page(world):
     data = (world / "results/poster.pdf").read_bytes()
     boxes = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", data)
     assert [[round(float(v) / 72 * 25.4) for v in box] for box in boxes] == [[841, 594]]
-    figure = poster.draw(report.collect(world))
-    figure.set_dpi(72)
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    texts = [t for t in figure.texts if t.get_text().strip()]
-    assert len(texts) > 20 and min(t.get_fontsize() for t in texts) >= 24
-    boxes = [t.get_window_extent(renderer) for t in texts]
-    assert all(b.x0 >= 30 and b.y0 >= 20 and b.x1 <= figure.bbox.x1 - 30 and b.y1 <= figure.bbox.y1 - 20 for b in boxes)
-    panels = [axes.get_window_extent() for axes in figure.axes]
+
+
+@pytest.mark.parametrize("which", ["nothing", "invented", "repository"])
+def test_poster_is_legible_and_nothing_overflows(project_tables, tmp_path, which):
+    root = dict(nothing=tmp_path, invented=project_tables, repository=ROOT)[which]
+    if which == "repository":
+        real_report()
+    figure = poster.draw(report.collect(root))
+    texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text().strip()]
+    assert min(t.get_fontsize() for t in texts) >= 24
+    own = [t for t in texts if t in figure.texts]
+    assert len(own) > 10
+    page, renderer = figure.bbox, figure.canvas.get_renderer()
+    boxes = [t.get_window_extent(renderer) for t in own]
+    assert all(b.x0 >= 30 and b.y0 >= 20 and b.x1 <= page.x1 - 30 and b.y1 <= page.y1 - 20 for b in boxes)
+    panels = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    assert all(p.x0 >= 30 and p.y0 >= 20 and p.x1 <= page.x1 - 20 and p.y1 <= page.y1 - 20 for p in panels)
+    assert len(panels) >= dict(nothing=2, invented=10, repository=2)[which]
     for i, box in enumerate(boxes):
-        for other, words in zip([*boxes[i + 1:], *panels], [*texts[i + 1:], *panels], strict=True):
+        for other, words in zip([*boxes[i + 1:], *panels], [*own[i + 1:], *panels], strict=True):
             across = min(box.x1, other.x1) - max(box.x0, other.x0)
             down = min(box.y1, other.y1) - max(box.y0, other.y0)
-            assert across <= 0 or down <= 2, f"{texts[i].get_text()!r} overlaps {words}"
+            assert across <= 0 or down <= 2, f"{own[i].get_text()!r} overlaps {words}"
 
 
 def test_poster_is_the_same_twice(world, invented):

@@ -1,0 +1,105 @@
+"""The poster's charts: redrawn from the CSVs, so that their text is as large as the poster's."""
+
+from lab.cells.figures import PALETTE, series_style
+from lab.findings import rows
+
+TEXT = 24  # points
+STYLE = {"font.size": TEXT, "axes.titlesize": TEXT, "axes.labelsize": TEXT, "xtick.labelsize": TEXT, "ytick.labelsize": TEXT,
+         "legend.fontsize": TEXT, "legend.frameon": False, "lines.linewidth": 5, "lines.markersize": 14,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+         "font.family": "DejaVu Sans"}
+
+
+def named(table, column, names):
+    """[(label, rows)] of those names that the table has."""
+    found = [(label, table[table[column] == name]) for name, label in names.items()]
+    return [(label, part) for label, part in found if len(part)]
+
+
+def bars(axes, labels, values, low, high, text):
+    """Horizontal bars from the top down, with intervals and the value at the end of each."""
+    y = range(len(values), 0, -1)
+    axes.barh(y, values, 0.7, color=[PALETTE[i % 8] for i in range(len(values))])
+    axes.errorbar(values, y, xerr=[[v - a for v, a in zip(values, low, strict=True)],
+                                   [b - v for v, b in zip(values, high, strict=True)]], fmt="none", color="black", capsize=8)
+    for at, value, end in zip(y, values, high, strict=True):
+        axes.text(max(value, end), at, f"  {text(value)}", va="center", fontsize=TEXT)
+    axes.set_yticks(list(y), labels)
+    axes.grid(axis="y", visible=False)
+
+
+def rates(axes, place):
+    """Time of a forward pass relative to the baseline of the same convolution: MRSS as proposed, then the designs."""
+    table = place.read("mrss_proxy_results.csv")
+    if table is None or "speedup" not in table:
+        return False
+    stock = " (stock conv)"
+    mine = rows(table, {"pass": "forward", "experiment": "original"})
+    found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4")]
+    mine = rows(table, {"pass": "forward", "experiment": "designs"})
+    mine = mine[mine["batch"] == mine["batch"].max()]
+    found += [(name.replace(" r=", "\nr=").replace("ρ", " ρ"), part) for name, part in mine.groupby("variant", sort=False)
+              if name.startswith(("Split", "Sparse"))]
+    found = [(label, part.iloc[0]) for label, part in found if len(part) and part["speedup"].notna().all()]
+    if not found:
+        return False
+    low, high = ([1 / row[f"speedup_{end}"] for _, row in found] for end in ("high", "low"))
+    bars(axes, [label for label, _ in found], [1 / row["speedup"] for _, row in found], low, high, lambda v: f"{v:.2f}×")
+    axes.axvline(1, color="black", linewidth=3)
+    axes.set(xlabel="time relative to the baseline (1 = as fast)")
+    axes.set_xlim(0, max(high) * 1.2)
+    return True
+
+
+def scan(axes, place):
+    """Time of a forward pass over the sequence length."""
+    table = place.read("scan_speed.csv")
+    if table is None:
+        return False
+    names = {"attention (sdpa)": "attention", "S6 transformers": "Mamba, library", "SSD transformers, Q=256": "Mamba-2, library",
+             "S6 (ours)": "Mamba, here", "SSD (ours)": "Mamba-2, here"}
+    series = named(rows(table, {"pass": "forward"}), "variant", names)
+    for i, (label, part) in enumerate(series):
+        part = part.sort_values("length")
+        axes.plot(part["length"], part["latency_ms_median"], label=label, **series_style(i))
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+    lengths = sorted(table["length"].unique())[::-2][::-1]
+    axes.set_xticks(lengths, [f"{t // 1024}k" if t >= 1024 else str(t) for t in lengths])
+    axes.minorticks_off()
+    axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
+    return bool(series)
+
+
+def distilled(axes, place):
+    """Microseconds that one decoded token costs."""
+    table = place.read("kernel_distillation_latency.csv")
+    if table is None:
+        return False
+    table = rows(table, {"phase": "decode", "kernel": "per channel"})
+    explicit = table[table["method"].str.startswith("explicit")].sort_values("us_per_token").head(1)
+    parts = [("convolution", explicit), ("exact, in blocks", table[table["method"] == "blocked"])]
+    parts += [(f"{r} modes", table[(table["method"] == "hankel") & (table["rank"] == r)]) for r in (4, 8, 16, 32)]
+    parts = [(label, part.iloc[0]) for label, part in parts if len(part)]
+    if not parts:
+        return False
+    low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))
+    bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high, lambda v: f"{v:.3g}")
+    axes.set(xscale="log", xlabel="microseconds a token (p20 to p80)")
+    axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
+    return True
+
+
+def tokens(axes, place):
+    """Agreement with the whole encoder over the share of its multiply-adds."""
+    table = place.read("token_reduction_methods.csv")
+    if table is None or "top1_agreement" not in table:
+        return False
+    names = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS attention, merged", "evit": "EViT",
+             "smaller_input": "smaller input", "vtp": "original rule"}
+    series = named(table.dropna(subset=["top1_agreement"]), "method", names)
+    for i, (label, part) in enumerate(series):
+        part = part.sort_values("macs_share")
+        axes.plot(100 * part["macs_share"], 100 * part["top1_agreement"], label=label, **series_style(i))
+    axes.set(xlabel="multiply-adds, % of the whole encoder", ylabel="same answers, %")
+    axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
+    return bool(series)
