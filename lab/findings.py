@@ -1,10 +1,11 @@
 """The strongest findings: which CSV rows answer which question. A finding whose rows are missing is absent."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 from lab.cells.measure import ratio_interval
 from lab.cells.results import read_csv
@@ -196,6 +197,36 @@ def claim(name):
     return measure
 
 
+def seed_ratio(name, column, a, b, seed, **common):
+    """Error of variant `a` over that of `b`, paired by seed: geometric mean with Student's 95 % interval."""
+    def measure(place):
+        table = place.read(f"{name}.csv")
+        if table is None:
+            return None
+        sides = [rows(table, common | side).set_index(seed)[column] for side in (a, b)]
+        ratios = (sides[0] / sides[1]).dropna()
+        if len(ratios) < 2 or (ratios <= 0).any():
+            return None
+        logs = ratios.map(math.log)
+        half = stats.t.ppf(0.975, len(logs) - 1) * logs.std() / len(logs) ** 0.5
+        values = (math.exp(v) for v in (logs.mean(), logs.mean() - half, logs.mean() + half))
+        return Measured(*values, len(logs), f"{name}.csv: {describe(common | a)} over {describe(b)}")
+    return measure
+
+
+def also(measure, **others):
+    """`measure`, and further numbers for its sentence: name=(measure, unit). Absent if any of them is."""
+    def together(place):
+        found, words = measure(place), []
+        for name, (other, unit) in others.items():
+            second = other(place)
+            if found is None or second is None:
+                return None
+            words.append((name, number(second.value, unit) + interval(second, unit)))
+        return found and replace(found, words=(*found.words, *words))
+    return together
+
+
 def crossing(name, **where):
     """From which length on a scan stays faster than attention; words: {crossing}, the statement in words."""
     def measure(place):
@@ -245,52 +276,59 @@ def tokens(column, n, method):
 
 
 FORWARD = {"pass": "forward"}
-SPLIT = dict(variant="SplitMRSS r=8 α=0.75")
+BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.75")
+
+
+def designs(kind):
+    """Time of the baseline over that of SplitMRSS, at the largest batch; kind: the pass."""
+    return time_ratio("mrss_proxy_results", BASELINE, SPLIT, pair=["batch"], experiment="designs", **{"pass": kind})
+
+
+def decoding(other):
+    """Time a token of another form over that of the state space that distillation gives."""
+    return time_ratio("kernel_distillation_latency", other, distilled_order, words=["rank", "taps"], phase="decode",
+                      kernel="per channel", per="tokens")
+
+
 FINDINGS = [
     Finding("mrss", "ssm", "Is MRSS faster than its baseline?",
             time_ratio("mrss_proxy_results", dict(variant="MRSS r=4 (stock conv)"), dict(variant="Baseline (stock conv)"),
                        experiment="original"),
             "As proposed (r = 4, the original's best) it is {answer}: {value}{interval} the baseline's time."),
-    Finding("split_forward", "ssm", "Does splitting the channels by rate win instead?",
-            time_ratio("mrss_proxy_results", dict(variant="Baseline"), SPLIT, pair=["batch"], experiment="designs",
-                       **FORWARD),
-            "SplitMRSS (r = 8 on 3 of 4 channels) runs {value}{interval} as fast as the baseline with the same fast "
-            "convolution."),
-    Finding("split_training", "ssm", "Also with gradients?",
-            time_ratio("mrss_proxy_results", dict(variant="Baseline"), SPLIT, pair=["batch"], experiment="designs",
-                       **{"pass": "forward+backward"}),
-            "Forward and backward, SplitMRSS runs {value}{interval} as fast as that baseline."),
-    Finding("scan_library", "ssm", "Is a scan in plain PyTorch faster than the transformers library's?",
+    Finding("split", "ssm", "Does splitting the channels by rate win?",
+            also(designs("forward"), training=(designs("forward+backward"), "×")),
+            "SplitMRSS (three quarters of the channels at an eighth of the rate) is {value}{interval} as fast as the "
+            "baseline with the same fast convolution; with gradients {training}."),
+    Finding("split_error", "ssm", "What does that cost in quality?",
+            also(seed_ratio("mrss_quality", "error", SPLIT, BASELINE, "train_seed", task="multi-timescale"),
+                 control=(seed_ratio("mrss_quality", "error", SPLIT, BASELINE, "train_seed", task="short-timescale"), "×")),
+            "Equal steps, several time scales: {value}{interval} the baseline's error. The control, short time scales "
+            "only: {control}."),
+    Finding("scan_library", "ssm", "Is our scan faster than the transformers library's?",
             time_ratio("scan_speed", dict(variant="SSD transformers, Q=256"), dict(variant="SSD (ours)"),
                        pair=["length"], **FORWARD),
             "Mamba-2's scan at {length} tokens: {value}{interval} as fast as the library's PyTorch path."),
     Finding("scan_attention", "ssm", "From which length on does a scan beat attention?",
             crossing("scan_crossover", variant="SSD (ours)", **FORWARD),
             "Mamba-2's scan against PyTorch's fused attention, forward: {crossing}.", ""),
-    Finding("scan_decode", "ssm", "Is a token after a long context cheaper with a state than with a cache?",
+    Finding("scan_decode", "ssm", "Is decoding with a state cheaper than with a cache?",
             time_ratio("scan_decode", dict(variant="attention"), dict(variant="Mamba-2"), pair=["context"]),
             "After {context} tokens, a Mamba-2 layer decodes {value}{interval} as fast as an attention layer."),
-    Finding("distil_decode", "ssm", "Does distilling a long convolution make decoding cheaper?",
-            time_ratio("kernel_distillation_latency", explicit_form, distilled_order, words=["rank", "taps"],
-                       phase="decode", kernel="per channel", per="tokens"),
-            "A state space of {rank} modes, enough for every trained kernel of {taps} taps, decodes {value}{interval} "
-            "as fast as the convolution."),
-    Finding("distil_blocks", "ssm", "And next to exact decoding in blocks?",
-            time_ratio("kernel_distillation_latency", dict(method="blocked"), distilled_order, words=["rank"],
-                       phase="decode", kernel="per channel", per="tokens"),
-            "The same state space is {value}{interval} as fast as the exact convolution computed in blocks."),
+    Finding("distil_decode", "ssm", "Does distilling a long convolution speed decoding up?",
+            also(decoding(explicit_form), blocks=(decoding(dict(method="blocked")), "×")),
+            "A state space of {rank} modes, enough for every kernel of {taps} taps trained for it, decodes {value}{interval} "
+            "as fast as the convolution; next to exact decoding in blocks it is {blocks} as fast."),
     Finding("distil_error", "ssm", "Do distilled kernels stay within one per cent?", claim("A18"),
-            "A plainly trained dense kernel with ten times fewer numbers: {value}{interval} relative output error.", "%"),
-    Finding("tokens_ours", "vlm", "How many of its answers does CLIP keep at half the compute?",
-            tokens("top1_agreement", n="n_images", method="ours"),
-            "Merging similar tokens our way, at {macs_share:.0%} of the multiply-adds: {value}{interval} of the zero-shot "
-            "answers stay the same.", "%"),
-    Finding("tokens_vtp", "vlm", "And with the original rule, keeping the patches of largest norm?",
-            tokens("top1_agreement", n="n_images", method="vtp"),
-            "At {macs_share:.0%} of the multiply-adds: {value}{interval}.", "%"),
-    Finding("tokens_tome", "vlm", "Is our merging better than ToMe?",
+            "{answer}: a plainly trained dense kernel with ten times fewer numbers has {value}{interval} relative output "
+            "error.", "%", 0.01, ("Yes", "Undecided", "No")),
+    Finding("tokens_ours", "vlm", "What does CLIP keep at half the compute?",
+            also(tokens("top1_agreement", n="n_images", method="ours"),
+                 vtp=(tokens("top1_agreement", n="n_images", method="vtp"), "%")),
+            "Merging similar tokens our way, at {macs_share:.0%} of the multiply-adds, {value}{interval} of its zero-shot "
+            "answers stay; keeping the patches of largest norm, as the original did: {vtp}.", "%"),
+    Finding("tokens_tome", "vlm", "Is that better than ToMe?",
             tokens("agreement_minus_tome", n="n_images", method="ours"),
-            "On the same images, at {macs_share:.0%} of the multiply-adds, it is {answer} ToMe: {value}{interval} agreement.",
+            "On the same images, at {macs_share:.0%} of the multiply-adds, it is {answer} ToMe: {value}{interval}.",
             "points", 0.0, ("worse than", "not distinguishable from", "better than")),
     Finding("tokens_time", "vlm", "Does the saving show on the clock?",
             time_ratio("token_reduction_latency", dict(method="dense"), dict(method="ours"), pair=["batch"], budget=0.5),

@@ -27,7 +27,8 @@ DIAGRAMS = [("ssm", "What runs at which rate", "mrss_designs.png")]
 CHARTS = [("ssm", "Several rates: time relative to the baseline", poster_charts.rates),
           ("ssm", "A scan against attention: time over length", poster_charts.scan),
           ("ssm", "A long convolution, distilled: cost of a token", poster_charts.distilled),
-          ("vlm", "Fewer tokens: answers kept over compute", poster_charts.tokens)]
+          ("vlm", "Fewer tokens: answers kept over compute", poster_charts.tokens),
+          ("vlm", "Half the multiply-adds: time of the whole encoder", poster_charts.clock)]
 
 
 def text_width(words, size, weight="normal"):
@@ -114,22 +115,24 @@ def draw_header(page, report):
     return max(y, top)
 
 
-def finding_lines(row, size):
-    """(question, answer) of a finding as wrapped lines for the left column."""
-    n = "" if text.pd.isna(row["n"]) else f", n = {text.number(row['n'])}"
+def finding_lines(row, size, device):
+    """(question, answer) of a finding as wrapped lines for the left column; device: named above all of them."""
+    notes = [row["device"]] * (row["device"] != device) + [f"n = {text.number(row['n'])}"] * (not text.pd.isna(row["n"]))
     question = wrap(row["question"], size + 2, COLUMN, "bold")
-    return question, wrap(f"{row['answer']} [{row['device']}{n}]", size, COLUMN)
+    return question, wrap(row["answer"] + (f" [{', '.join(notes)}]" if notes else ""), size, COLUMN)
 
 
 def draw_findings(page, report, y, bottom):
     """The findings in the left column, as large as they fit; at the smallest size, as many as there is room for."""
-    y = page.lines(["Findings"], MARGIN, y, 40, "bold", PALETTE[0]) + 0.1
+    y = page.lines(["Findings"], MARGIN, y, 40, "bold", PALETTE[0]) + 0.05
     if report.findings.empty:
         page.paragraph("No run has finished yet.", MARGIN, y, COLUMN, 26)
         return
     rows = report.findings.drop_duplicates("key").to_dict("records")  # the first device: a GPU where there is one
+    device = max({row["device"] for row in rows}, key=[row["device"] for row in rows].count)
+    y = page.paragraph(f"On {device}, where no other device is named.", MARGIN, y, COLUMN, SMALLEST, color=SOFT) + 0.15
     for size in (30, 28, 26, 25, SMALLEST):
-        lines = [finding_lines(row, size) for row in rows]
+        lines = [finding_lines(row, size, device) for row in rows]
         heights = [len(q) * height(size + 2) + len(a) * height(size) for q, a in lines]
         if y + sum(heights) + 0.18 * len(rows) <= bottom:
             break

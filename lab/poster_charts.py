@@ -38,7 +38,7 @@ def rates(axes, place):
     found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4")]
     mine = rows(table, {"pass": "forward", "experiment": "designs"})
     mine = mine[mine["batch"] == mine["batch"].max()]
-    found += [(name.replace(" r=", "\nr=").replace("ρ", " ρ"), part) for name, part in mine.groupby("variant", sort=False)
+    found += [(name.replace(" r=", "\nr="), part) for name, part in mine.groupby("variant", sort=False)
               if name.startswith(("Split", "Sparse"))]
     found = [(label, part.iloc[0]) for label, part in found if len(part) and part["speedup"].notna().all()]
     if not found:
@@ -83,10 +83,14 @@ def distilled(axes, place):
     if not parts:
         return False
     low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))
-    bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high, lambda v: f"{v:.3g}")
+    bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high, lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}")
     axes.set(xscale="log", xlabel="microseconds a token (p20 to p80)")
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
     return True
+
+
+NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS attention, merged", "evit": "EViT",
+         "smaller_input": "smaller input", "vtp": "original rule"}
 
 
 def tokens(axes, place):
@@ -94,12 +98,29 @@ def tokens(axes, place):
     table = place.read("token_reduction_methods.csv")
     if table is None or "top1_agreement" not in table:
         return False
-    names = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS attention, merged", "evit": "EViT",
-             "smaller_input": "smaller input", "vtp": "original rule"}
-    series = named(table.dropna(subset=["top1_agreement"]), "method", names)
+    series = named(table.dropna(subset=["top1_agreement"]), "method", NAMES)
     for i, (label, part) in enumerate(series):
         part = part.sort_values("macs_share")
         axes.plot(100 * part["macs_share"], 100 * part["top1_agreement"], label=label, **series_style(i))
     axes.set(xlabel="multiply-adds, % of the whole encoder", ylabel="same answers, %")
     axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
     return bool(series)
+
+
+def clock(axes, place):
+    """Time of methods at half the multiply-adds, as a share of the whole encoder's."""
+    table = place.read("token_reduction_latency.csv")
+    if table is None or "latency_vs_dense" not in table:
+        return False
+    table = rows(table, dict(budget=0.5)).dropna(subset=["latency_vs_dense"])
+    table = table[table["batch"] == table["batch"].max()]
+    found = [(label, part.iloc[0]) for label, part in named(table, "method", NAMES)]
+    if not found:
+        return False
+    low, high = ([100 * row[f"latency_vs_dense_{end}"] for _, row in found] for end in ("low", "high"))
+    bars(axes, [label for label, _ in found], [100 * row["latency_vs_dense"] for _, row in found], low, high,
+         lambda v: f"{v:.0f} %")
+    axes.axvline(50, color="black", linewidth=3)
+    axes.set(xlabel=f"time, % of the whole encoder (batch {found[0][1]['batch']:.0f})")
+    axes.set_xlim(0, max(100, max(high)) * 1.15)
+    return True

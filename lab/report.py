@@ -30,7 +30,7 @@ COLUMNS = ["id", "suite", "statement", "quantity", "condition", "claimed", "unit
 FINDING_COLUMNS = ["key", "suite", "question", "answer", "value", "low", "high", "n", "unit", "device", "weights",
                    "place", "source", "words"]
 # the figures of the README, in order, and of the poster: the first that exists of each tuple
-HEADLINES = []
+HEADLINES = [("ssm", "mrss_speedup.png"), ("vlm", "token_reduction_pareto.png")]
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n)(.*?)(<!-- /report:\2 -->)", re.S)
 
 
@@ -137,19 +137,19 @@ def choose_figure(report, suite, *names):
 # Text
 
 
-def several(values, units=""):
-    """'62.84|127.32' with 'ms|seq/s' → '62.84 ms, 127.32 seq/s'. Words stay as they are."""
+def several(values, units="", spread=str):
+    """'62.84|127.32' with 'ms|seq/s' → '62.84 ms, 127.32 seq/s'. Words stay as they are; spread formats numbers."""
     if values is None or pd.isna(values):
         return ""
     values = str(values).split("|")
     units = "" if units is None or pd.isna(units) else units
     units = units.split("|") if "|" in units else [units] * len(values)
-    units += [""] * (len(values) - len(units))
     parts = []
-    for value, unit in zip(values, units, strict=False):
+    for value, unit in zip(values, [*units, *[""] * len(values)], strict=False):
         try:
-            float(value)
-            parts.append(value + ("" if not unit or unit == "ratio" else f" {unit}"))
+            number_here = float(value)
+            parts.append((value if spread is str else spread(number_here))
+                         + ("" if unit in ("", "ratio", "slope", "cosine") else f" {unit}"))
         except ValueError:
             parts.append(value)
     return ", ".join(parts)
@@ -159,13 +159,10 @@ def measured_text(row):
     """A claim's measured value with interval and n: '0.81 (0.79–0.83), n = 30'. '' if nothing was measured."""
     if pd.isna(row["measured"]):
         return ""
-    try:
-        value = number(float(row["measured"]))
-    except ValueError:
-        value = several(row["measured"])
     low, high = (pd.to_numeric(row[c], errors="coerce") for c in ("low", "high"))
     spread = "" if pd.isna(low) or pd.isna(high) else f" ({number(low)}–{number(high)})"
-    return value + spread + ("" if pd.isna(row["n"]) else f", n = {number(row['n'])}")
+    text = several(row["measured"], row["unit"], number)
+    return text + spread + ("" if pd.isna(row["n"]) else f", n = {number(row['n'])}")
 
 
 def where(row):

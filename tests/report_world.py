@@ -98,6 +98,10 @@ def write_project_tables(root):
                for name, ms in (("Baseline", 24), ("SplitMRSS r=8 α=0.75", 8), ("SparseMRSS r=16 ρ=0.125", 6))
                for kind, times in two for batch in (1, 8)]
     timed(place, "mrss_proxy_results", base, stock + designs)
+    errors = [dict(task=task, variant=name, train_seed=seed, error=error * (1 + seed), status="ok") | base
+              for task, half in (("multi-timescale", 0.5), ("short-timescale", 1.1)) for seed in (0, 1, 2)
+              for name, error in (("Baseline", 0.2), ("SplitMRSS r=8 α=0.75", 0.2 * half))]
+    write_csv(place / "mrss_quality.csv", pd.DataFrame(errors))
     variants = {"attention (sdpa)": 0.01, "SSD transformers, Q=256": 0.1, "SSD (ours)": 0.02, "S6 (ours)": 0.05}
     timed(place, "scan_speed", base, [{"pass": "forward", "length": t, "variant": name, "ms": unit * t * (t / 256)**(name[0] == "a")}
                                       for name, unit in variants.items() for t in (128, 256, 512, 1024)])
@@ -120,7 +124,8 @@ def write_project_tables(root):
             for b in (0.5, 0.75) for m, a in (("ours", 0.94), ("tome", 0.9), ("vtp", 0.7))]
     rows.append(dict(method="other_model", budget=0.5, status="not measured: no network") | base)
     write_csv(place / "token_reduction_methods.csv", pd.DataFrame(rows))
-    timed(place, "token_reduction_latency", base, [dict(method=m, budget=0.5, batch=b, ms=ms * b) for b in (1, 8)
+    timed(place, "token_reduction_latency", base, [dict(method=m, budget=0.5, batch=b, ms=ms * b, latency_vs_dense=ms / 80,
+                                                        latency_vs_dense_low=ms / 81, latency_vs_dense_high=ms / 79) for b in (1, 8)
                                                    for m, ms in (("dense", 80.0), ("ours", 50.0))])
 
 
