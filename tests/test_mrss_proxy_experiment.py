@@ -96,7 +96,8 @@ def test_density_of_the_chosen_blocks(causal):
     chosen = ns["choose_blocks"](torch.randn(64, 128), 0.125, causal)
     assert chosen.shape == (64, 128) and chosen.dtype == torch.bool
     share = chosen.float().mean()
-    assert share == 0.125 if not causal else 0.09 < share <= 0.13
+    assert chosen[:, 0].all() or not causal, "the first block is the best one so far"
+    assert share == 0.125 if not causal else 0.1 < share < 0.15
 
 
 @pytest.mark.parametrize("name", MAKERS)
