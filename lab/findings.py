@@ -74,12 +74,10 @@ def number(value, unit=""):
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     value = float(value)
-    if unit == "%":
-        return f"{100 * value:.1f} %"
-    if unit == "points":
-        return f"{100 * value:+.1f} points".replace("-", "−")
     size = abs(value)
-    if size >= 1e6:
+    if unit in ("%", "points"):
+        text = f"{100 * value:{'+' if unit == 'points' else ''}.1f}"
+    elif size >= 1e6:
         text = f"{value:.2e}"
     elif size >= 100 or value == int(value):
         text = f"{value:.0f}"
@@ -87,16 +85,21 @@ def number(value, unit=""):
         text = f"{value:.1e}"
     else:
         text = f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
-    return text if not unit else f"{text}{unit}" if unit == "×" else f"{text} {unit}"
+    text = "−" + text[1:] if text.startswith("-") else text
+    return f"{text}{unit}" if unit in ("", "×") else f"{text} {unit}"
+
+
+def span(low, high, unit=""):
+    """' (low–high)' of an interval, '' without one."""
+    if any(v is None or pd.isna(v) for v in (low, high)):
+        return ""
+    ends = [number(v, unit).removesuffix(unit).strip() for v in (low, high)]
+    return f" ({(' to ' if low < 0 or unit == 'points' else '–').join(ends)})"
 
 
 def interval(found, unit=""):
-    """' (low–high)' of a Measured, '' without one."""
-    if any(v is None or pd.isna(v) for v in (found.low, found.high)):
-        return ""
-    sign = {"%": " %", "×": "×", "points": " points"}.get(unit, f" {unit}")
-    low, high = (number(v, unit).removesuffix(sign) for v in (found.low, found.high))
-    return f" ({low} to {high})" if unit == "points" else f" ({low}–{high})"
+    """The interval of a Measured as text."""
+    return span(found.low, found.high, unit)
 
 
 def answer(finding, found):
@@ -311,13 +314,13 @@ FINDINGS = [
     Finding("scan_attention", "ssm", "From which length on does a scan beat attention?",
             crossing("scan_crossover", variant="SSD (ours)", **FORWARD),
             "Mamba-2's scan against PyTorch's fused attention, forward: {crossing}.", ""),
-    Finding("scan_decode", "ssm", "Is decoding with a state cheaper than with a cache?",
-            time_ratio("scan_decode", dict(variant="attention"), dict(variant="Mamba-2"), pair=["context"]),
-            "After {context} tokens, a Mamba-2 layer decodes {value}{interval} as fast as an attention layer."),
-    Finding("distil_decode", "ssm", "Does distilling a long convolution speed decoding up?",
+    Finding("distil_decode", "ssm", "Does distilling a convolution speed decoding up?",
             also(decoding(explicit_form), blocks=(decoding(dict(method="blocked")), "×")),
             "A state space of {rank} modes, enough for every kernel of {taps} taps trained for it, decodes {value}{interval} "
             "as fast as the convolution; next to exact decoding in blocks it is {blocks} as fast."),
+    Finding("scan_decode", "ssm", "Does a state decode faster than a cache?",
+            time_ratio("scan_decode", dict(variant="attention"), dict(variant="Mamba-2"), pair=["context"]),
+            "After {context} tokens, a Mamba-2 layer decodes {value}{interval} as fast as an attention layer."),
     Finding("distil_error", "ssm", "Do distilled kernels stay within one per cent?", claim("A18"),
             "{answer}: a plainly trained dense kernel with ten times fewer numbers has {value}{interval} relative output "
             "error.", "%", 0.01, ("Yes", "Undecided", "No")),

@@ -10,7 +10,7 @@ from lab.cells.figures import PALETTE
 
 WIDTH, HEIGHT = 33.11, 23.39
 MARGIN, GAP = 0.7, 0.45
-COLUMN = 10.4  # of the findings; the figures share the rest
+COLUMN = 11.0  # of the findings; the figures share the rest
 SMALLEST = 24  # points
 INK, SOFT = "#1c2126", "#4d5761"
 QUESTION = ("How cheap can a Mamba-like sequence layer get, and how few vision tokens does CLIP need? "
@@ -21,10 +21,9 @@ REFERENCES = ("References: Mamba, Gu & Dao, arXiv:2312.00752 · Mamba-2 (SSD), D
               "arXiv:2206.11893 · Octave convolution, Chen et al., arXiv:1904.05049 · Laughing Hyena, Massaroli et al., "
               "arXiv:2310.18780 · CLIP, Radford et al., arXiv:2103.00020 · Token merging, Bolya et al., arXiv:2210.09461 · "
               "EViT, Liang et al., arXiv:2202.07800")
-# suite, caption, names of figures: the method diagrams; the first name that exists is shown
-DIAGRAMS = [("ssm", "What runs at which rate", "mrss_designs.png")]
 # suite, caption, chart: drawn for the first device (a GPU where there is one) that has the CSV
-CHARTS = [("ssm", "Several rates: time relative to the baseline", poster_charts.rates),
+CHARTS = [("ssm", "What runs when: channels over time", poster_charts.designs),
+          ("ssm", "Several rates: time relative to the baseline", poster_charts.rates),
           ("ssm", "A scan against attention: time over length", poster_charts.scan),
           ("ssm", "A long convolution, distilled: cost of a token", poster_charts.distilled),
           ("vlm", "Fewer tokens: answers kept over compute", poster_charts.tokens),
@@ -74,18 +73,6 @@ class Page:
         """Write a wrapped paragraph; returns the y below it."""
         return self.lines(wrap(words, size, width, weight), x, y, size, weight, color)
 
-    def picture(self, path, x, y, width, space):
-        """Show a PNG in a box of width × space inches, as large as it fits, centred."""
-        from matplotlib.image import imread
-
-        image = imread(path)
-        scale = min(width / image.shape[1], space / image.shape[0])
-        w, h = image.shape[1] * scale, image.shape[0] * scale
-        axes = self.figure.add_axes([(x + (width - w) / 2) / WIDTH, 1 - (y + (space + h) / 2) / HEIGHT,
-                                     w / WIDTH, h / HEIGHT])
-        axes.imshow(image, interpolation="antialiased", aspect="auto")
-        axes.axis("off")
-
 
 def height(size):
     """Inches from one line to the next."""
@@ -123,7 +110,7 @@ def finding_lines(row, size, device):
 
 
 def draw_findings(page, report, y, bottom):
-    """The findings in the left column, as large as they fit; at the smallest size, as many as there is room for."""
+    """The findings in the left column, as large as they fit, but never below SMALLEST."""
     y = page.lines(["Findings"], MARGIN, y, 40, "bold", PALETTE[0]) + 0.05
     if report.findings.empty:
         page.paragraph("No run has finished yet.", MARGIN, y, COLUMN, 26)
@@ -131,16 +118,21 @@ def draw_findings(page, report, y, bottom):
     rows = report.findings.drop_duplicates("key").to_dict("records")  # the first device: a GPU where there is one
     device = max({row["device"] for row in rows}, key=[row["device"] for row in rows].count)
     y = page.paragraph(f"On {device}, where no other device is named.", MARGIN, y, COLUMN, SMALLEST, color=SOFT) + 0.15
-    for size in (30, 28, 26, 25, SMALLEST):
+    sizes = [30, 28, 26, 25, SMALLEST]
+    while rows:
+        size = sizes.pop(0) if sizes else SMALLEST
         lines = [finding_lines(row, size, device) for row in rows]
         heights = [len(q) * height(size + 2) + len(a) * height(size) for q, a in lines]
         if y + sum(heights) + 0.18 * len(rows) <= bottom:
             break
+        if not sizes:  # too much at the smallest size: the last finding of the suite with the most has to go
+            suites = [row["suite"] for row in rows]
+            most = max(dict.fromkeys(suites), key=suites.count)
+            rows.pop(len(rows) - 1 - suites[::-1].index(most))
     gap = min(0.6, max(0.18, (bottom - y - sum(heights)) / len(rows)))
-    for (question, words), tall in zip(lines, heights, strict=True):
-        if y + tall <= bottom:
-            y = page.lines(question, MARGIN, y, size + 2, "bold")
-            y = page.lines(words, MARGIN, y, size) + gap
+    for question, words in lines:
+        y = page.lines(question, MARGIN, y, size + 2, "bold")
+        y = page.lines(words, MARGIN, y, size) + gap
 
 
 def drawn_chart(report, page, suite, chart, box):
@@ -162,29 +154,23 @@ def drawn_chart(report, page, suite, chart, box):
 
 
 def draw_figures(page, report, y, bottom):
-    """Method diagrams and charts, two columns, on the right."""
-    pictures = [(caption, text.choose_figure(report, suite, *names)) for suite, caption, *names in DIAGRAMS]
-    panels = [(caption, figure["path"]) for caption, figure in pictures if figure]
+    """The method's diagram and the charts, two columns, on the right."""
     probe = Page()
-    panels += [(caption, (suite, chart)) for suite, caption, chart in CHARTS
-               if drawn_chart(report, probe, suite, chart, (0, 0, 10, 5))]
+    panels = [(caption, suite, chart) for suite, caption, chart in CHARTS
+              if drawn_chart(report, probe, suite, chart, (0, 0, 10, 5))]
     if not panels:
         return
     left = MARGIN + COLUMN + GAP
     width = (WIDTH - MARGIN - left - GAP) / 2
     space = (bottom - y) / max(2, -(-len(panels) // 2))
-    for i, (caption, what) in enumerate(panels):
+    for i, (caption, suite, chart) in enumerate(panels):
         x, top = left + (i % 2) * (width + GAP), y + i // 2 * space
         below = page.paragraph(caption, x, top, width, 26, "bold", PALETTE[0]) + 0.05
-        tall = top + space - below - 0.3
-        if isinstance(what, tuple):
-            suite, chart = what
-            tall -= height(SMALLEST)
-            place = drawn_chart(report, page, suite, chart, (x, below, width, tall))
+        tall = top + space - below - 0.3 - height(SMALLEST)
+        place = drawn_chart(report, page, suite, chart, (x, below, width, tall))
+        if chart is not poster_charts.designs:
             where = text.where(dict(device=place.device, weights=place.weights))
             page.lines([where], x, below + tall, SMALLEST, color=SOFT)
-        else:
-            page.picture(what, x, below, width, tall)
 
 
 def draw(report):

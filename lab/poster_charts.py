@@ -1,5 +1,7 @@
 """The poster's charts: redrawn from the CSVs, so that their text is as large as the poster's."""
 
+from matplotlib.ticker import NullFormatter
+
 from lab.cells.figures import PALETTE, series_style
 from lab.findings import rows
 
@@ -26,6 +28,29 @@ def bars(axes, labels, values, low, high, text):
         axes.text(max(value, end), at, f"  {text(value)}", va="center", fontsize=TEXT)
     axes.set_yticks(list(y), labels)
     axes.grid(axis="y", visible=False)
+
+
+def designs(axes, place):
+    """The layers as boxes: height is channels, width is time; where MRSS was measured."""
+    if place.read("mrss_proxy_results.csv") is None:
+        return False
+    full, low, gate = PALETTE[5], PALETTE[4], PALETTE[3]
+    stacks = {"Baseline": [(full, 4, 1)], "MRSS": [(full, 4, 1), (low, 4, 1), (gate, 4, 1)],
+              "SplitMRSS": [(full, 1, 1), (low, 3, 1)], "SparseMRSS": [(full, 1, 0.125), (low, 3, 1)]}
+    for x, (name, parts) in enumerate(stacks.items()):
+        bottom = 0
+        for colour, channels, share in parts:
+            steps = [(x + 0.1 * i, 0.03) for i in range(8)] if colour == low else [(x, 0.8 * share)]
+            for left, width in steps:
+                axes.bar(left, channels, width, bottom, align="edge", color=colour, edgecolor="black", linewidth=1.5)
+            bottom += channels
+        axes.text(x + 0.4, 12.6, name, ha="center", fontsize=TEXT)
+    for colour, label in ((full, "full rate"), (low, "every r-th step"), (gate, "gate, full rate")):
+        axes.bar(0, 0, color=colour, edgecolor="black", label=label)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, columnspacing=1, handlelength=1.2)
+    axes.set(xlim=(-0.05, 3.85), ylim=(0, 12.2), xticks=[], yticks=[], ylabel="channels →")
+    axes.grid(visible=False)
+    return True
 
 
 def rates(axes, place):
@@ -85,6 +110,7 @@ def distilled(axes, place):
     low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))
     bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high, lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}")
     axes.set(xscale="log", xlabel="microseconds a token (p20 to p80)")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
     return True
 

@@ -18,12 +18,12 @@ from lab import findings
 from lab.cells.claims import VERDICTS
 from lab.cells.environment import write_atomically
 from lab.cells.results import read_csv
-from lab.findings import Place, number
+from lab.findings import Place, number, span
 
 ROOT = Path(__file__).resolve().parent.parent
 STATEMENTS = Path(__file__).with_name("original_claims.csv")
 SUITES = {"ssm": "Sequence models", "vlm": "Vision-language models"}
-MARKS = dict(zip(VERDICTS, ["✓", "✗", "–"], strict=True))
+MARKS = dict(zip(VERDICTS, ["✓", "✗", "○"], strict=True))
 UNJUDGED = "no notebook measures it yet"
 COLUMNS = ["id", "suite", "statement", "quantity", "condition", "claimed", "unit", "measured", "low", "high", "n",
            "verdict", "reason", "device", "weights", "place", "source", "notebook", "mode", "git_commit", "utc_time"]
@@ -51,7 +51,8 @@ def device_label(facts):
     name = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@", " ", facts["device"])
     name = re.sub(r"\b\d+-Core\b", " ", name)
     name = " ".join(name.split())
-    return name if facts["mode"] == "gpu" else f"{name}, {facts['num_threads']} threads"
+    threads = facts["num_threads"]
+    return name if facts["mode"] == "gpu" else f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def read_facts(folder):
@@ -89,7 +90,7 @@ def collect_claims(places):
     for place in places:
         path = place.folder / "claims.csv"
         table = read_csv(path).astype(object) if path.exists() else pd.DataFrame()
-        for row in table.to_dict("records"):
+        for row in sorted(table.to_dict("records"), key=lambda row: row["notebook"]):
             if row["id"] not in order:
                 raise ValueError(f"{path}: {row['id']!r} is no statement of {STATEMENTS.name}")
             if row["mode"] == "smoke":
@@ -149,7 +150,7 @@ def several(values, units="", spread=str):
         try:
             number_here = float(value)
             parts.append((value if spread is str else spread(number_here))
-                         + ("" if unit in ("", "ratio", "slope", "cosine") else f" {unit}"))
+                         + ("" if unit in ("", "ratio", "slope", "cosine", "share") else f" {unit}"))
         except ValueError:
             parts.append(value)
     return ", ".join(parts)
@@ -160,9 +161,9 @@ def measured_text(row):
     if pd.isna(row["measured"]):
         return ""
     low, high = (pd.to_numeric(row[c], errors="coerce") for c in ("low", "high"))
-    spread = "" if pd.isna(low) or pd.isna(high) else f" ({number(low)}–{number(high)})"
+    spread = span(low, high)
     text = several(row["measured"], row["unit"], number)
-    return text + spread + ("" if pd.isna(row["n"]) else f", n = {number(row['n'])}")
+    return text + spread + ("" if pd.isna(row["n"]) else f", n\u00a0=\u00a0{number(row['n'])}")
 
 
 def where(row):
@@ -210,16 +211,17 @@ def figures_block(report):
 def claims_block(report):
     """Verdicts in numbers, and one line per statement."""
     counts = verdict_counts(report.claims)
-    words = [f"{SUITES[suite]}: " + ", ".join(f"{n} {verdict}" for verdict, n in found.items())
-             for suite, found in counts.items()]
+    places = {suite: list(dict.fromkeys(where(dict(device=p.device, weights=p.weights)) for p in report.places
+                                        if p.suite == suite)) for suite in SUITES}
+    words = [f"{SUITES[suite]}{' on ' if places[suite] else ''}{'; '.join(places[suite])}: "
+             + ", ".join(f"{n} {verdict}" for verdict, n in found.items()) for suite, found in counts.items()]
     body = []
     for name, mine in report.claims.groupby("id", sort=False):
         results = []
         for row in mine.to_dict("records"):
             text = f"{MARKS[row['verdict']]} {measured_text(row)}".strip()
-            judged = row["verdict"] != VERDICTS[2]
-            several_places = judged and report.claims["place"].dropna().nunique() > 1
-            results.append(f"{text} ({where(row)})" if several_places else text)
+            named = row["verdict"] != VERDICTS[2] and len(places[row["suite"]]) > 1
+            results.append(f"{text} ({where(row)})" if named else text)
         first = mine.iloc[0]
         body.append([name, first["statement"], several(first["claimed"], first["unit"]),
                      "<br>".join(dict.fromkeys(results))])

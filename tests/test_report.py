@@ -47,7 +47,6 @@ def use_invented_lists(patch):
     """Findings and headline figures of the invented world instead of the project's."""
     patch.setattr(findings, "FINDINGS", FINDINGS)
     patch.setattr(report, "HEADLINES", [("ssm", "missing.png", "overview.png"), ("vlm", "overview.png")])
-    patch.setattr(poster, "DIAGRAMS", [(s, f"The design in {s}", "overview.png") for s in ("ssm", "vlm")])
 
 
 def claims_of(root):
@@ -84,7 +83,7 @@ def test_a_verdict_wins_over_none_and_strange_claims_are_refused(tmp_path):
     path = tmp_path / "results/ssm/tesla-t4/claims.csv"
     table = read_csv(path)
     other = table[table["id"].isin(["A01", "A03"])].assign(
-        notebook="other", measured=5.0, low=4.0, high=6.0, verdict="not supported", source="x.csv: i=0")
+        notebook="zz_other", measured=5.0, low=4.0, high=6.0, verdict="not supported", source="x.csv: i=0")
     write_csv(path, pd.concat([table, other]))
     found = report.collect(tmp_path).claims.set_index(["id", "place"])
     assert found.loc[("A03", "ssm/tesla-t4"), "measured"] == 5
@@ -113,7 +112,7 @@ def test_the_interval_decides_the_words(low, high, word):
 
 @pytest.mark.parametrize("value, unit, text", [
     (0.33333, "×", "0.333×"), (12.345, "ms", "12.3 ms"), (1234.5, "", "1234"), (0.93456, "%", "93.5 %"), (30.0, "", "30"),
-    (2.5e-7, "", "2.5e-07"), (0, "", "0"), (float("nan"), "", ""), (None, "ms", "")])
+    (-0.25, "", "−0.250"), (-0.034, "points", "−3.4 points"), (2.5e-7, "", "2.5e-07"), (0, "", "0"), (float("nan"), "", ""), (None, "ms", "")])
 def test_numbers_as_readers_see_them(value, unit, text):
     assert findings.number(value, unit) == text
 
@@ -185,7 +184,7 @@ def backed(number, percent, values, words):
     digits = len(number.split("e")[0].partition(".")[2])
     if number in words:
         return True
-    for value in values:
+    for value in map(abs, values):
         value = value * 100 if percent else value
         shown = f"{value:.{digits}e}" if "e" in number else f"{value:.{digits}f}"
         if shown == number:
@@ -362,7 +361,7 @@ def test_poster_is_legible_and_nothing_overflows(project_tables, tmp_path, which
     assert all(b.x0 >= 30 and b.y0 >= 20 and b.x1 <= page.x1 - 30 and b.y1 <= page.y1 - 20 for b in boxes)
     panels = [axes.get_tightbbox(renderer) for axes in figure.axes]
     assert all(p.x0 >= 30 and p.y0 >= 20 and p.x1 <= page.x1 - 20 and p.y1 <= page.y1 - 20 for p in panels)
-    assert len(panels) >= dict(nothing=2, invented=11, repository=2)[which]
+    assert len(panels) >= dict(nothing=2, invented=12, repository=2)[which]
     for i, box in enumerate(boxes):
         for other, words in zip([*boxes[i + 1:], *panels], [*own[i + 1:], *panels], strict=True):
             across = min(box.x1, other.x1) - max(box.x0, other.x0)
