@@ -136,19 +136,20 @@ def draw_findings(page, report, y, bottom):
 
 
 def drawn_chart(report, page, suite, chart, box):
-    """The place whose CSV gave the chart, drawn into box (x, y, width, height); None without such a CSV."""
+    """Draw a chart into box (x, y, width, height); returns its footer, or None without a CSV for it."""
     x, y, width, tall = box
     with matplotlib.rc_context(poster_charts.STYLE):
         axes = page.figure.add_axes([x / WIDTH, 1 - (y + tall) / HEIGHT, width / WIDTH, tall / HEIGHT])
         for place in report.places:
-            if place.suite == suite and chart(axes, place):
+            table = chart(axes, place) if place.suite == suite else None
+            if table is not None:
                 inside = axes.get_tightbbox(page.figure.canvas.get_renderer()).transformed(page.figure.dpi_scale_trans.inverted())
                 frame = axes.get_window_extent().transformed(page.figure.dpi_scale_trans.inverted())
                 left, below = frame.x0 - inside.x0 + 0.1, frame.y0 - inside.y0 + 0.05
                 right, above = max(0, inside.x1 - frame.x1) + 0.1, max(0, inside.y1 - frame.y1) + 0.05
                 axes.set_position([(x + left) / WIDTH, 1 - (y + tall - below) / HEIGHT,
                                    (width - left - right) / WIDTH, (tall - below - above) / HEIGHT])
-                return place
+                return poster_charts.footer(table, text.where(dict(device=place.device, weights=place.weights)))
         axes.remove()
     return None
 
@@ -167,10 +168,10 @@ def draw_figures(page, report, y, bottom):
         x, top = left + (i % 2) * (width + GAP), y + i // 2 * space
         below = page.paragraph(caption, x, top, width, 26, "bold", PALETTE[0]) + 0.05
         tall = top + space - below - 0.3 - height(SMALLEST)
-        place = drawn_chart(report, page, suite, chart, (x, below, width, tall))
+        notes = drawn_chart(report, page, suite, chart, (x, below, width, tall)).split(" · ")
         if chart is not poster_charts.designs:
-            where = text.where(dict(device=place.device, weights=place.weights))
-            page.lines([where], x, below + tall, SMALLEST, color=SOFT)
+            page.lines([", ".join(note for note in notes if not note.startswith(("float", "torch", "commit")))],
+                       x, below + tall, SMALLEST, color=SOFT)
 
 
 def draw(report):

@@ -1,5 +1,10 @@
-"""The poster's charts: redrawn from the CSVs, so that their text is as large as the poster's."""
+"""Charts with large text, drawn from the CSVs: for the poster and the README.
 
+Each takes the axes and a Place, and returns the rows it shows; None (and nothing drawn) where there are none."""
+
+import io
+
+import pandas as pd
 from matplotlib.ticker import NullFormatter
 
 from lab.cells.figures import PALETTE, series_style
@@ -18,6 +23,23 @@ def named(table, column, names):
     return [(label, part) for label, part in found if len(part)]
 
 
+def shown(found):
+    """The rows of [(label, row)] as a table."""
+    return pd.DataFrame([row for _, row in found])
+
+
+def footer(table, device):
+    """'device · dtype · torch · n · commit' of the rows that a chart shows."""
+    row, counts = table.iloc[0], table["n_images" if "n_images" in table else "n_runs"].dropna()
+    facts = [device, row["dtype"], f"torch {row['torch']}"]
+    if len(counts):
+        low, high = int(counts.min()), int(counts.max())
+        facts.append(f"n = {low}" if low == high else f"n = {low} to {high}")
+    if not pd.isna(row["git_commit"]):
+        facts.append(f"commit {row['git_commit']}{'+' if str(row['git_dirty']) == 'True' else ''}")
+    return " · ".join(facts)
+
+
 def bars(axes, labels, values, low, high, text):
     """Horizontal bars from the top down, with intervals and the value at the end of each."""
     y = range(len(values), 0, -1)
@@ -32,8 +54,9 @@ def bars(axes, labels, values, low, high, text):
 
 def designs(axes, place):
     """The layers as boxes: height is channels, width is time; where MRSS was measured."""
-    if place.read("mrss_proxy_results.csv") is None:
-        return False
+    table = place.read("mrss_proxy_results.csv")
+    if table is None:
+        return None
     full, low, gate = PALETTE[5], PALETTE[4], PALETTE[3]
     stacks = {"Baseline": [(full, 4, 1)], "MRSS": [(full, 4, 1), (low, 4, 1), (gate, 4, 1)],
               "SplitMRSS": [(full, 1, 1), (low, 3, 1)], "SparseMRSS": [(full, 1, 0.125), (low, 3, 1)]}
@@ -50,14 +73,14 @@ def designs(axes, place):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, columnspacing=1, handlelength=1.2)
     axes.set(xlim=(-0.05, 3.85), ylim=(0, 12.2), xticks=[], yticks=[], ylabel="channels →")
     axes.grid(visible=False)
-    return True
+    return table
 
 
 def rates(axes, place):
     """Time of a forward pass relative to the baseline of the same convolution: MRSS as proposed, then the designs."""
     table = place.read("mrss_proxy_results.csv")
     if table is None or "speedup" not in table:
-        return False
+        return None
     stock = " (stock conv)"
     mine = rows(table, {"pass": "forward", "experiment": "original"})
     found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4")]
@@ -67,23 +90,25 @@ def rates(axes, place):
               if name.startswith(("Split", "Sparse"))]
     found = [(label, part.iloc[0]) for label, part in found if len(part) and part["speedup"].notna().all()]
     if not found:
-        return False
+        return None
     low, high = ([1 / row[f"speedup_{end}"] for _, row in found] for end in ("high", "low"))
     bars(axes, [label for label, _ in found], [1 / row["speedup"] for _, row in found], low, high, lambda v: f"{v:.2f}×")
     axes.axvline(1, color="black", linewidth=3)
     axes.set(xlabel="time relative to the baseline (1 = as fast)")
     axes.set_xlim(0, max(high) * 1.2)
-    return True
+    return shown(found)
 
 
 def scan(axes, place):
     """Time of a forward pass over the sequence length."""
     table = place.read("scan_speed.csv")
     if table is None:
-        return False
+        return None
     names = {"attention (sdpa)": "attention", "S6 transformers": "Mamba, library", "SSD transformers, Q=256": "Mamba-2, library",
              "S6 (ours)": "Mamba, here", "SSD (ours)": "Mamba-2, here"}
     series = named(rows(table, {"pass": "forward"}), "variant", names)
+    if not series:
+        return None
     for i, (label, part) in enumerate(series):
         part = part.sort_values("length")
         axes.plot(part["length"], part["latency_ms_median"], label=label, **series_style(i))
@@ -92,27 +117,27 @@ def scan(axes, place):
     axes.set_xticks(lengths, [f"{t // 1024}k" if t >= 1024 else str(t) for t in lengths])
     axes.minorticks_off()
     axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
-    return bool(series)
+    return pd.concat([part for _, part in series])
 
 
 def distilled(axes, place):
     """Microseconds that one decoded token costs."""
     table = place.read("kernel_distillation_latency.csv")
     if table is None:
-        return False
+        return None
     table = rows(table, {"phase": "decode", "kernel": "per channel"})
     explicit = table[table["method"].str.startswith("explicit")].sort_values("us_per_token").head(1)
     parts = [("convolution", explicit), ("exact, in blocks", table[table["method"] == "blocked"])]
     parts += [(f"{r} modes", table[(table["method"] == "hankel") & (table["rank"] == r)]) for r in (4, 8, 16, 32)]
     parts = [(label, part.iloc[0]) for label, part in parts if len(part)]
     if not parts:
-        return False
+        return None
     low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))
     bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high, lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}")
     axes.set(xscale="log", xlabel="microseconds a token (p20 to p80)")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
-    return True
+    return shown(parts)
 
 
 NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS attention, merged", "evit": "EViT",
@@ -123,30 +148,61 @@ def tokens(axes, place):
     """Agreement with the whole encoder over the share of its multiply-adds."""
     table = place.read("token_reduction_methods.csv")
     if table is None or "top1_agreement" not in table:
-        return False
+        return None
     series = named(table.dropna(subset=["top1_agreement"]), "method", NAMES)
+    if not series:
+        return None
     for i, (label, part) in enumerate(series):
         part = part.sort_values("macs_share")
         axes.plot(100 * part["macs_share"], 100 * part["top1_agreement"], label=label, **series_style(i))
     axes.set(xlabel="multiply-adds, % of the whole encoder", ylabel="same answers, %")
     axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
-    return bool(series)
+    return pd.concat([part for _, part in series])
 
 
 def clock(axes, place):
     """Time of methods at half the multiply-adds, as a share of the whole encoder's."""
     table = place.read("token_reduction_latency.csv")
     if table is None or "latency_vs_dense" not in table:
-        return False
+        return None
     table = rows(table, dict(budget=0.5)).dropna(subset=["latency_vs_dense"])
     table = table[table["batch"] == table["batch"].max()]
     found = [(label, part.iloc[0]) for label, part in named(table, "method", NAMES)]
     if not found:
-        return False
+        return None
     low, high = ([100 * row[f"latency_vs_dense_{end}"] for _, row in found] for end in ("low", "high"))
     bars(axes, [label for label, _ in found], [100 * row["latency_vs_dense"] for _, row in found], low, high,
          lambda v: f"{v:.0f} %")
     axes.axvline(50, color="black", linewidth=3)
     axes.set(xlabel=f"time, % of the whole encoder (batch {found[0][1]['batch']:.0f})")
     axes.set_xlim(0, max(100, max(high)) * 1.15)
-    return True
+    return shown(found)
+
+
+# suite, file in figures/report, title, chart, description: the README's two figures
+HEADLINES = [
+    ("ssm", "rates.png", "Time relative to the baseline", rates,
+     "Time of a forward pass of MRSS and of the designs that split channels by rate, relative to the baseline with the same "
+     "convolution, with 95 % intervals; left of the line is faster."),
+    ("vlm", "tokens.png", "Answers that stay, over compute", tokens,
+     "Share of zero-shot answers that stay the same against the share of multiply-adds, for several ways to drop or merge "
+     "tokens."),
+]
+
+
+def headline(title, chart, place, mark, alt):
+    """One of the README's figures as PNG bytes; None where the chart's CSV is missing."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 6.6), layout="constrained")
+        axes = figure.add_subplot()
+        table = chart(axes, place)
+        if table is None:
+            return None
+        axes.set_title(title, loc="left", fontweight="bold")
+        figure.supxlabel(footer(table, place.device), fontsize=13, color="#555555", x=0.99, ha="right")
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=120, metadata={"Description": alt, "Comment": mark})
+    return out.getvalue()

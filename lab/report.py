@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -29,8 +30,6 @@ COLUMNS = ["id", "suite", "statement", "quantity", "condition", "claimed", "unit
            "verdict", "reason", "device", "weights", "place", "source", "notebook", "mode", "git_commit", "utc_time"]
 FINDING_COLUMNS = ["key", "suite", "question", "answer", "value", "low", "high", "n", "unit", "device", "weights",
                    "place", "source", "words"]
-# the figures of the README, in order, and of the poster: the first that exists of each tuple
-HEADLINES = [("ssm", "mrss_speedup.png"), ("vlm", "token_reduction_pareto.png")]
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n)(.*?)(<!-- /report:\2 -->)", re.S)
 
 
@@ -44,6 +43,24 @@ class Report:
     findings: pd.DataFrame
     runs: pd.DataFrame
     figures: list  # of dicts: suite, place, name, path, alt
+
+    @cached_property
+    def mark(self):
+        """The fingerprint of everything the report is made of."""
+        return fingerprint(self)
+
+    @cached_property
+    def headlines(self):
+        """[(path, alt, PNG bytes)] of the README's figures: on the first device (a GPU where there is one) that can."""
+        from lab import poster_charts
+
+        drawn = []
+        for suite, name, title, chart, alt in poster_charts.HEADLINES:
+            images = (poster_charts.headline(title, chart, p, self.mark, alt) for p in self.places if p.suite == suite)
+            image = next((i for i in images if i), None)
+            if image:
+                drawn.append((self.root / "figures" / "report" / name, alt, image))
+        return drawn
 
 
 def device_label(facts):
@@ -126,15 +143,6 @@ def collect(root=ROOT):
     return Report(root, places, collect_claims(places), found, runs, figures)
 
 
-def choose_figure(report, suite, *names):
-    """The first figure of these names that exists, on the first device that has it (a GPU before a CPU)."""
-    for name in names:
-        for figure in report.figures:
-            if (figure["suite"], figure["name"]) == (suite, name):
-                return figure
-    return None
-
-
 # Text
 
 
@@ -198,14 +206,10 @@ def findings_block(report):
 
 
 def figures_block(report):
-    """The headline figures."""
-    lines = []
-    for suite, *names in HEADLINES[:2]:
-        figure = choose_figure(report, suite, *names)
-        if figure:
-            path = figure["path"].relative_to(report.root).as_posix()
-            lines.append(f"![{figure['alt'].replace('[', '(').replace(']', ')')}]({path})")
-    return "\n\n".join(lines) or "No figure has been drawn here yet."
+    """The headline figures, side by side."""
+    images = [f'<a href="{path}"><img src="{path}" width="49%" alt="{alt}"></a>'
+              for path, alt in ((p.relative_to(report.root).as_posix(), alt) for p, alt, _ in report.headlines)]
+    return f"<p>{' '.join(images)}</p>" if images else "No figure has been drawn here yet."
 
 
 def claims_block(report):
@@ -288,28 +292,24 @@ def write(root=ROOT):
     from lab import poster, report_page
 
     report = collect(root)
-    mark = fingerprint(report)
-    (root / "results").mkdir(parents=True, exist_ok=True)
-    for path, text in texts(report).items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
-    page, wall = root / "results" / "report.html", root / "results" / "poster.pdf"
-    write_atomically(page, report_page.page(report, mark))
-    write_atomically(wall, poster.pdf(report, mark))
-    return [*texts(report), page, wall]
+    files = {path: text.encode() for path, text in texts(report).items()}
+    files |= {path: image for path, _, image in report.headlines}
+    files |= {root / "results/report.html": report_page.page(report, report.mark).encode(),
+              root / "results/poster.pdf": poster.pdf(report, report.mark)}
+    for path, data in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != data:
+            write_atomically(path, data)
+    return list(files)
 
 
 def stale(root=ROOT):
     """The paths that `write` would change."""
     report = collect(root)
-    mark = fingerprint(report).encode()
     found = [path for path, text in texts(report).items()
              if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for name in ("report.html", "poster.pdf"):
-        path = root / "results" / name
-        if not path.exists() or mark not in path.read_bytes():
-            found.append(path)
-    return found
+    marked = [*(path for path, *_ in report.headlines), root / "results/report.html", root / "results/poster.pdf"]
+    return found + [path for path in marked if not path.exists() or report.mark.encode() not in path.read_bytes()]
 
 
 def main(argv=None):

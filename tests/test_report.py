@@ -46,7 +46,6 @@ def invented(monkeypatch):
 def use_invented_lists(patch):
     """Findings and headline figures of the invented world instead of the project's."""
     patch.setattr(findings, "FINDINGS", FINDINGS)
-    patch.setattr(report, "HEADLINES", [("ssm", "missing.png", "overview.png"), ("vlm", "overview.png")])
 
 
 def claims_of(root):
@@ -216,12 +215,23 @@ def test_every_number_in_generated_blocks_is_in_a_csv(world, tmp_path):
 def test_readme_blocks_are_filled_and_prose_is_kept(world):
     text = (world / "README.md").read_text()
     assert text.startswith("# Title\n\nWords.") and text.endswith("More words.\n")
-    assert "![An invented overview of ssm on Tesla T4](figures/ssm/tesla-t4/overview.png)" in text
+    assert "No figure has been drawn here yet" in text
     assert "**Is fast faster?**" in text and "[ssm_demo](results/ssm/tesla-t4/ssm_demo.ipynb)" in text
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (world / target).exists(), target
     with pytest.raises(ValueError, match="report:nonsense is none of"):
         report.fill("<!-- report:nonsense -->\n<!-- /report:nonsense -->", report.collect(world))
+
+
+def test_headline_figures_are_drawn_from_the_tables(project_tables, tmp_path):
+    root = shutil.copytree(project_tables, tmp_path / "copy")
+    report.write(root)
+    text, figures = (root / "README.md").read_text(), sorted((root / "figures/report").iterdir())
+    assert [f.name for f in figures] == ["rates.png", "tokens.png"] and report.stale(root) == []
+    for figure in figures:
+        assert f'<img src="figures/report/{figure.name}" width="49%" alt="{report.alt_text(figure)}">' in text
+    (root / "results/ssm/tesla-t4/mrss_proxy_results.csv").unlink()
+    assert "rates.png" not in report.figures_block(report.collect(root))
 
 
 def test_check_names_what_is_stale(world, tmp_path, invented, capsys):
@@ -371,7 +381,7 @@ def test_poster_is_legible_and_nothing_overflows(project_tables, tmp_path, which
 
 def test_poster_is_the_same_twice(world, invented):
     found = report.collect(world)
-    assert poster.pdf(found, report.fingerprint(found)) == (world / "results/poster.pdf").read_bytes()
+    assert poster.pdf(found, found.mark) == (world / "results/poster.pdf").read_bytes()
 
 
 # After a run
