@@ -141,6 +141,13 @@ def lock(folder):
     return file
 
 
+def is_cell_output(record):
+    """Whether a line of papermill's log is what a notebook printed, and not a report on papermill itself."""
+    own = ("Executing ", "Ending Cell", "Input Notebook", "Output Notebook", "Working directory", "Passed unknown",
+           "[IPKernelApp]", "<Figure size")
+    return bool(record.getMessage().strip()) and not record.getMessage().startswith(own)
+
+
 def execute(path, values, mode, staging):
     """Run one notebook in its staging folder. Returns (status, message)."""
     import papermill
@@ -230,7 +237,9 @@ def run(options):
         out = ROOT / ".scratch"
     held = lock(out / ".staging")
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
-    logging.getLogger("papermill").setLevel(logging.INFO)
+    papermill_log = logging.getLogger("papermill")
+    papermill_log.setLevel(logging.INFO)
+    papermill_log.addFilter(is_cell_output)
     rows = []
     for path, values in zip(notebooks, chosen, strict=True):
         print(f"\n== {path.relative_to(ROOT)} ==", flush=True)
