@@ -1,6 +1,7 @@
 """The strongest findings: which CSV rows answer which question. A finding whose rows are missing is absent."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,9 +112,10 @@ def answer(finding, found):
 
 def sentence(finding, found):
     """The finding in words."""
-    return finding.sentence.format(
+    text = finding.sentence.format(
         answer=answer(finding, found), value=number(found.value, finding.unit),
         interval=interval(found, finding.unit), **dict(found.words))
+    return re.sub(r"(\d)%", r"\1 %", text)
 
 
 # Selecting rows. Each returns a function of a Place, which gives a Measured or None.

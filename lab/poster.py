@@ -42,7 +42,7 @@ def text_width(words, size, weight="normal"):
 def wrap(words, size, width, weight="normal"):
     """Lines of `words` that fit into `width` inches."""
     lines = [""]
-    for word in words.split():
+    for word in words.split(" "):  # a no-break space is part of its word
         longer = f"{lines[-1]} {word}".strip()
         if text_width(longer, size, weight) <= width:
             lines[-1] = longer
@@ -104,7 +104,7 @@ def draw_header(page, report):
 
 def finding_lines(row, size, device):
     """(question, answer) of a finding as wrapped lines for the left column; device: named above all of them."""
-    notes = [row["device"]] * (row["device"] != device) + [f"n = {text.number(row['n'])}"] * (not text.pd.isna(row["n"]))
+    notes = [row["device"]] * (row["device"] != device) + [f"n\u00a0=\u00a0{text.number(row['n'])}"] * (not text.pd.isna(row["n"]))
     question = wrap(row["question"], size + 2, COLUMN, "bold")
     return question, wrap(row["answer"] + (f" [{', '.join(notes)}]" if notes else ""), size, COLUMN)
 

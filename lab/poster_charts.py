@@ -23,6 +23,11 @@ def named(table, column, names):
     return [(label, part) for label, part in found if len(part)]
 
 
+def legend_beside(axes):
+    """A legend to the right of the axes: at this size of text it would cover the lines."""
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.3, labelspacing=0.4, borderpad=0)
+
+
 def shown(found):
     """The rows of [(label, row)] as a table."""
     return pd.DataFrame([row for _, row in found])
@@ -86,7 +91,7 @@ def rates(axes, place):
     found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4")]
     mine = rows(table, {"pass": "forward", "experiment": "designs"})
     mine = mine[mine["batch"] == mine["batch"].max()]
-    found += [(name.replace(" r=", "\nr="), part) for name, part in mine.groupby("variant", sort=False)
+    found += [(name.replace("MRSS r=", " r="), part) for name, part in mine.groupby("variant", sort=False)
               if name.startswith(("Split", "Sparse"))]
     found = [(label, part.iloc[0]) for label, part in found if len(part) and part["speedup"].notna().all()]
     if not found:
@@ -94,7 +99,7 @@ def rates(axes, place):
     low, high = ([1 / row[f"speedup_{end}"] for _, row in found] for end in ("high", "low"))
     bars(axes, [label for label, _ in found], [1 / row["speedup"] for _, row in found], low, high, lambda v: f"{v:.2f}×")
     axes.axvline(1, color="black", linewidth=3)
-    axes.set(xlabel="time relative to the baseline (1 = as fast)")
+    axes.set(xlabel="time, × the baseline's")
     axes.set_xlim(0, max(high) * 1.2)
     return shown(found)
 
@@ -104,7 +109,7 @@ def scan(axes, place):
     table = place.read("scan_speed.csv")
     if table is None:
         return None
-    names = {"attention (sdpa)": "attention", "S6 transformers": "Mamba, library", "SSD transformers, Q=256": "Mamba-2, library",
+    names = {"attention (sdpa)": "attention", "S6 transformers": "Mamba, lib.", "SSD transformers, Q=256": "Mamba-2, lib.",
              "S6 (ours)": "Mamba, here", "SSD (ours)": "Mamba-2, here"}
     series = named(rows(table, {"pass": "forward"}), "variant", names)
     if not series:
@@ -116,7 +121,7 @@ def scan(axes, place):
     lengths = sorted(table["length"].unique())[::-2][::-1]
     axes.set_xticks(lengths, [f"{t // 1024}k" if t >= 1024 else str(t) for t in lengths])
     axes.minorticks_off()
-    axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
+    legend_beside(axes)
     return pd.concat([part for _, part in series])
 
 
@@ -140,7 +145,7 @@ def distilled(axes, place):
     return shown(parts)
 
 
-NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS attention, merged", "evit": "EViT",
+NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT",
          "smaller_input": "smaller input", "vtp": "original rule"}
 
 
@@ -155,8 +160,8 @@ def tokens(axes, place):
     for i, (label, part) in enumerate(series):
         part = part.sort_values("macs_share")
         axes.plot(100 * part["macs_share"], 100 * part["top1_agreement"], label=label, **series_style(i))
-    axes.set(xlabel="multiply-adds, % of the whole encoder", ylabel="same answers, %")
-    axes.legend(loc="best", handlelength=1.5, labelspacing=0.2, borderpad=0)
+    axes.set(xlabel="multiply-adds, % of dense", ylabel="same answers, %")
+    legend_beside(axes)
     return pd.concat([part for _, part in series])
 
 

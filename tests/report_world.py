@@ -92,10 +92,10 @@ def write_project_tables(root):
     two = [("forward", 1), ("forward+backward", 3)]
     stock = [dict(experiment="original", variant=f"{name} (stock conv)", batch=8, seq_len=64, ms=ms, speedup=30 / ms,
                   speedup_low=29 / ms, speedup_high=31 / ms) | {"pass": "forward"}
-             for name, ms in (("Baseline", 30), ("MRSS r=1", 63), ("MRSS r=4", 45))]
+             for name, ms in (("Baseline", 30), ("MRSS r=1", 63), ("MRSS r=2", 51), ("MRSS r=4", 45))]
     designs = [dict(experiment="designs", variant=name, batch=batch, seq_len=64, ms=ms * batch * times, speedup=24 / ms,
                     speedup_low=23 / ms, speedup_high=25 / ms) | {"pass": kind}
-               for name, ms in (("Baseline", 24), ("SplitMRSS r=8 α=0.75", 8), ("SparseMRSS r=16 ρ=0.125", 6))
+               for name, ms in (("Baseline", 24), ("SplitMRSS r=8 α=0.75", 8), ("SplitMRSS r=16 α=0.875", 7), ("SparseMRSS r=16 ρ=0.125", 6))
                for kind, times in two for batch in (1, 8)]
     timed(place, "mrss_proxy_results", base, stock + designs)
     errors = [dict(task=task, variant=name, train_seed=seed, error=error * (1 + seed), status="ok") | base
@@ -121,12 +121,14 @@ def write_project_tables(root):
     rows = [dict(method=m, budget=b, macs_share=b - 0.01, top1_agreement=a, top1_agreement_low=a - 0.02,
                  top1_agreement_high=a + 0.02, agreement_minus_tome=a - 0.9, agreement_minus_tome_low=a - 0.92,
                  agreement_minus_tome_high=a - 0.88, n_images=1000, status="ok") | base
-            for b in (0.5, 0.75) for m, a in (("ours", 0.94), ("tome", 0.9), ("vtp", 0.7))]
+            for b in (0.5, 0.75) for m, a in (("ours", 0.94), ("tome", 0.9), ("cls_merge", 0.85), ("evit", 0.8), ("smaller_input", 0.75),
+                                               ("vtp", 0.7))]
     rows.append(dict(method="other_model", budget=0.5, status="not measured: no network") | base)
     write_csv(place / "token_reduction_methods.csv", pd.DataFrame(rows))
     timed(place, "token_reduction_latency", base, [dict(method=m, budget=0.5, batch=b, ms=ms * b, latency_vs_dense=ms / 80,
                                                         latency_vs_dense_low=ms / 81, latency_vs_dense_high=ms / 79) for b in (1, 8)
-                                                   for m, ms in (("dense", 80.0), ("ours", 50.0))])
+                                                   for m, ms in (("dense", 80.0), ("ours", 50.0), ("tome", 51.0), ("evit", 45.0),
+                                                                  ("cls_merge", 60.0), ("vtp", 41.0))])
 
 
 def write_world(root):
