@@ -17,6 +17,7 @@ class Tokens:
     prefix: int  # tokens in front that must stay (CLS)
     depth: int  # number of layers
     layer: int = -1  # index of the current layer; -1 before the first
+    first: int = 0  # tokens that enter the first layer
     sizes: torch.Tensor | None = None  # (B, N): how many patches a token stands for; None = one each
     q: torch.Tensor | None = None  # (B, heads, N, d) of the latest attention
     k: torch.Tensor | None = None
@@ -65,7 +66,7 @@ def run_encoder(tower, pixels, reducer=None, trace=False, implementation="sdpa",
         tokens.owner = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
     if reducer is not None:
         reducer.at_input(tokens)
-    tokens.x = tower.pre_norm(tokens.x)
+    tokens.x, tokens.first = tower.pre_norm(tokens.x), tokens.x.shape[1]
     for tokens.layer, block in enumerate(tower.blocks):
         last = tokens.layer == len(tower.blocks) - 1
         shortcut = last and tower.prefix == 1 and reducer is not None and reducer.cls_only_last

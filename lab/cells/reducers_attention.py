@@ -95,7 +95,8 @@ class PruMergeLike(Reducer):
         scores = importance(tokens).to(tokens.x.dtype)
         by_attention = scores.topk((count + 1) // 2, dim=1).indices
         chosen = scores.scatter(1, by_attention, 2.0)  # attention is at most 1
-        free = (chosen < 2).nonzero()[:, 1].view(len(scores), -1)  # left over, in raster order
+        order = (chosen >= 2).int().argsort(dim=1, stable=True)
+        free = order[:, : n - by_attention.shape[1]]  # what is left over, in raster order
         even = torch.linspace(0, free.shape[1] - 1, count - by_attention.shape[1]).round().long()
         spread = free[:, even.to(free.device)]
         kept, rest = split_kept(tokens, chosen.scatter(1, spread, 2.0), count)

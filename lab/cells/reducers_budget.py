@@ -6,7 +6,7 @@ from lab.cells.encoder import encoder_macs, trace_encoder
 from lab.cells.environment import check
 from lab.cells.reducers_attention import AttentionPruning, PruMergeLike, RatioSchedule
 from lab.cells.reducers_input import ClusterMasking, Grid, InputPruning, Random
-from lab.cells.reducers_merge import MergeSimilar, ours
+from lab.cells.reducers_merge import MergeSimilar, ProtectedMerging
 
 REDUCERS = {  # name → factory(strength, **options); strength: keep ratio, or mean tokens merged per layer
     "vtp": InputPruning,
@@ -21,7 +21,7 @@ REDUCERS = {  # name → factory(strength, **options); strength: keep ratio, or 
     "dynamicvit": RatioSchedule,
     "prumerge": PruMergeLike,
     "tome": MergeSimilar,
-    "ours": ours,
+    "ours": ProtectedMerging,
 }
 
 
@@ -35,8 +35,8 @@ def reducer_kind(name):
 def reducer_for_budget(name, budget, model, image_size=None, **options):
     """The strongest-quality reducer `name` whose multiply-adds are at most `budget` × the dense encoder's.
 
-    budget: share in (0, 1]. options go to the factory. The search bisects the strength, counting a blank
-    image, so it takes about 20 forward passes. ValueError if the budget cannot be reached."""
+    budget: share in (0, 1]. options go to the factory. The search bisects the strength, counting
+    a blank image each time: about a dozen forward passes. ValueError if the budget cannot be reached."""
     kind = reducer_kind(name)
     check(0 < budget <= 1, "budget", budget, "a share above 0 and at most 1")
     dense = trace_encoder(model, image_size=image_size)
@@ -54,7 +54,7 @@ def reducer_for_budget(name, budget, model, image_size=None, **options):
     best, ok = fits(0.0)
     check(ok, f"budget for {name}", budget, f"at least {encoder_macs(model, best, image_size) / dense.macs:.3f}")
     low, high = 0.0, 1.0
-    for _ in range(18 if kind == "merge" else 12):
+    for _ in range(11):
         middle = (low + high) / 2
         reducer, ok = fits(middle)
         low, high, best = (middle, high, reducer) if ok else (low, middle, best)

@@ -1,96 +1,117 @@
 """Reducers that merge similar tokens in every layer: ToMe, and ours."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 from lab.cells.environment import check
-from lab.cells.reducers import Reducer, importance, merge
+from lab.cells.reducers import Reducer, check_keep, importance, merge
 
 
-def match_alternating(metric, merges, prefix=1, penalty=None):
+def match_alternating(metric, merges, prefix=1, weight=None):
     """ToMe's matching (arXiv 2210.09461): tokens at even places (A) choose their most similar at odd ones (B).
 
-    metric: (B, N, C), unit length. The `merges` best pairs merge. penalty: (B, N) lowers a source's
-    similarity. Returns kept (B, N - merges), rest (B, merges), target (B, merges) for `merge`."""
+    metric: (B, N, C), unit length. The `merges` pairs with the least loss merge: 1 - similarity, times the
+    source's `weight` (B, N) if given. Returns kept (B, N - merges), rest (B, merges), target for `merge`."""
     a, b = metric[:, ::2], metric[:, 1::2]
-    best, partner = (a @ b.transpose(1, 2)).max(-1)
-    best = best if penalty is None else best - penalty[:, ::2]
-    best[:, :prefix] = -torch.inf  # the CLS token stays
-    order = best.argsort(dim=1, descending=True, stable=True)
+    similarity = a @ b.transpose(1, 2)
+    if prefix > 1:
+        similarity[..., : prefix // 2] = -2.0  # special tokens take nothing in
+    best, partner = similarity.max(-1)
+    loss = 1 - best if weight is None else (1 - best) * weight[:, ::2]
+    loss[:, : (prefix + 1) // 2] = torch.inf  # special tokens stay
+    order = loss.argsort(dim=1, stable=True)
     source, stay = order[:, :merges], order[:, merges:].sort(1).values
     odd = torch.arange(1, metric.shape[1], 2, device=metric.device).repeat(len(metric), 1)
     return torch.cat([2 * stay, odd], 1), 2 * source, partner.gather(1, source) + stay.shape[1]
 
 
-def constant(depth):
-    """The same number of merges in every layer."""
-    return [1.0] * depth
-
-
-def hump(depth, rise=2.0, fall=4.0):
-    """No merges in the first and last layer, most in the middle: what is left falls as (1 - u^rise)^fall
-    while u runs from 0 to 1 over the layers between."""
-    if depth < 3:
-        return constant(depth)
-    left = [(1 - (layer / (depth - 2)) ** rise) ** fall for layer in range(depth - 1)]
-    return [0.0, *(a - b for a, b in zip(left, left[1:], strict=False)), 0.0]
-
-
-def spread_merges(mean, weights):
-    """Whole tokens to merge per layer, from their mean and the layers' weights; the roundings add up."""
-    total, ends = sum(weights), [0]
-    for i in range(len(weights)):
-        ends.append(round(sum(weights[: i + 1]) / total * mean * len(weights)))
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
-
-
 class MergeSimilar(Reducer):
-    """Merge the most similar pairs of tokens in every layer, between attention and MLP (ToMe).
+    """ToMe: merge the most similar pairs of tokens in every layer, between attention and MLP.
 
-    r: mean tokens merged per layer. shape: depth → relative merges per layer. metric: 'key' or 'hidden'.
-    protect: how much a token's importance (1 = the image's mean) lowers its wish to merge. small_first: the
-    same for its log size. keep_norm: see `merge`. size_bias: see `Reducer`."""
+    r: mean tokens merged per layer."""
 
     kind = "merge"
 
-    def __init__(self, r, shape=constant, metric="key", protect=0.0, small_first=0.0, keep_norm=False,
-                 size_bias=1.0, cls_only_last=False):
+    def __init__(self, r, cls_only_last=False, size_bias=1.0):
         check(isinstance(r, (int, float)) and r >= 0, "r", r, "a number of at least 0")
-        check(metric in ("key", "hidden"), "metric", metric, "key, hidden")
-        self.r, self.shape, self.metric, self.protect, self.small_first = r, shape, metric, protect, small_first
-        self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
+        self.r, self.cls_only_last, self.size_bias = r, cls_only_last, size_bias
 
-    def schedule(self, depth):
-        """Merges wanted per layer."""
-        return spread_merges(self.r, self.shape(depth))
+    def merges(self, tokens):
+        """How many tokens to merge in this layer; the roundings of a fractional r add up to the right total."""
+        return round(self.r * (tokens.layer + 1)) - round(self.r * tokens.layer)
 
-    def penalty(self, tokens):
-        """(B, N) what lowers a token's similarity as a source, or None."""
-        if not self.protect:
-            return None
-        scores = importance(tokens, by_value=True)
-        penalty = F.pad(self.protect * scores / scores.mean(1, keepdim=True), (tokens.prefix, 0))
-        if self.small_first and tokens.sizes is not None:
-            penalty = penalty + self.small_first * tokens.sizes.log()
-        return penalty
+    def metric(self, tokens):
+        """(B, N, C) what similarity is measured on: the keys, mean over heads."""
+        return tokens.k.mean(1)
 
-    def after_attention(self, tokens):
+    def weight(self, tokens):
+        """(B, N) how much losing a source matters, or None for all alike."""
+        return None
+
+    def after_attention(self, tokens, keep_norm=False):
         n = tokens.x.shape[1]
-        merges = min(self.schedule(tokens.depth)[tokens.layer], (n - tokens.prefix) // 2)
+        merges = min(self.merges(tokens), (n - tokens.prefix) // 2)
         if merges <= 0:
             return
-        metric = F.normalize(tokens.k.mean(1) if self.metric == "key" else tokens.x, dim=-1)
+        metric = F.normalize(self.metric(tokens), dim=-1)
         tokens.macs += (n + 1) // 2 * (n // 2) * metric.shape[-1]
-        matched = match_alternating(metric, merges, tokens.prefix, self.penalty(tokens))
-        merge(tokens, *matched, self.keep_norm)
+        merge(tokens, *match_alternating(metric, merges, tokens.prefix, self.weight(tokens)), keep_norm)
 
 
-def ours(r, **changes):
-    """Our recipe: merge most in the middle layers; match hidden states; protect what the CLS token reads and
-    what is already large; keep the length of merged tokens; compute only the CLS row of the last layer."""
-    recipe = dict(shape=hump, metric="hidden", protect=0.1, small_first=0.05, keep_norm=True, size_bias=0.85,
-                  cls_only_last=True)
-    return MergeSimilar(r, **{**recipe, **changes})
+@lru_cache
+def hump(keep, depth, end=0.32, fall=3.5):
+    """Share of the tokens left after each layer, `keep` on average: all after the first layer, end · keep after
+    the last, and most of the merging in the middle: (1 - u^rise)^fall, u from 0 to 1; `rise` is solved for."""
+    if depth < 3:
+        return (keep,) * depth
+    last = max(end * keep, 1 - (1 - keep) * depth / 2)  # the second where `keep` is near 1
+
+    def left(rise):
+        steps = (min(1.0, layer / (depth - 2)) for layer in range(depth))
+        return tuple(last + (1 - last) * (1 - u**rise) ** fall for u in steps)
+
+    low, high = 0.01, 100.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if sum(left(middle)) <= keep * depth else (low, middle)
+    return left(low)
 
 
-ours.kind = "merge"
+def straight(keep, depth):
+    """Share of the tokens left after each layer, `keep` on average, if each merges the same number (ToMe)."""
+    return tuple(max(0.02, 1 - 2 * (1 - keep) * (layer + 1) / (depth + 1)) for layer in range(depth))
+
+
+class ProtectedMerging(MergeSimilar):
+    """Our recipe. Like ToMe, but: most merges in the middle layers; hidden states are compared, not keys; what
+    the CLS token reads and what is already large merges last; a merged token keeps its parts' mean length;
+    attention gets 0.85 of the log sizes; of the last layer only the CLS row is computed.
+
+    keep: mean share of the tokens left over the layers. The other arguments remove one part each."""
+
+    kind = "keep"
+
+    def __init__(self, keep, shape=hump, hidden=True, protect=True, keep_norm=True, size_bias=0.85,
+                 cls_only_last=True):
+        self.keep, self.shape, self.hidden, self.protect = check_keep(keep), shape, hidden, protect
+        self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
+
+    def merges(self, tokens):
+        left = self.shape(self.keep, tokens.depth)[tokens.layer]
+        return tokens.x.shape[1] - max(tokens.prefix + 1, round(left * tokens.first))
+
+    def metric(self, tokens):
+        return tokens.x if self.hidden else super().metric(tokens)
+
+    def weight(self, tokens):
+        if not self.protect:
+            return None
+        scores = importance(tokens)
+        weight = scores / scores.mean(1, keepdim=True) + 0.05
+        weight = F.pad(weight, (tokens.prefix, 0))
+        return (weight if tokens.sizes is None else weight * tokens.sizes).sqrt()
+
+    def after_attention(self, tokens):
+        super().after_attention(tokens, self.keep_norm)
