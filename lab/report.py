@@ -101,7 +101,7 @@ def find_places(root):
 
 def collect_claims(places):
     """One row per statement and place; a statement that nobody judged appears once, without a device."""
-    statements = read_csv(STATEMENTS).drop(columns="note").astype(object)
+    statements = read_csv(STATEMENTS).astype(object)
     order = {name: i for i, name in enumerate(statements["id"])}
     collected = {}
     for place in places:
