@@ -32,10 +32,11 @@ def reducer_kind(name):
     return getattr(factory, "func", factory).kind
 
 
-def reducer_for_budget(name, budget, model, image_size=None, **options):
+def reducer_for_budget(name, budget, model, image_size=None, cls_only_last=None, **options):
     """The strongest-quality reducer `name` whose multiply-adds are at most `budget` × the dense encoder's.
 
-    budget: share in (0, 1]. options go to the factory. The search bisects the strength, counting
+    budget: share in (0, 1]. cls_only_last: the exact shortcut of the last layer, for a method of any kind; None:
+    as the method has it. options go to the factory. The search bisects the strength, counting
     a blank image each time: about a dozen forward passes. ValueError if the budget cannot be reached."""
     kind = reducer_kind(name)
     check(0 < budget <= 1, "budget", budget, "a share above 0 and at most 1")
@@ -46,6 +47,7 @@ def reducer_for_budget(name, budget, model, image_size=None, **options):
     def fits(position):
         """position 0 = strongest reduction … 1 = none."""
         reducer = make(max(position, 1 / patches) if kind == "keep" else (1 - position) * patches / 2)
+        reducer.cls_only_last = reducer.cls_only_last if cls_only_last is None else cls_only_last
         return reducer, encoder_macs(model, reducer, image_size) <= limit
 
     best, ok = fits(1.0)

@@ -67,6 +67,9 @@ def hump(keep, depth, end=0.32, fall=3.5):
     if depth < 3:
         return (keep,) * depth
     last = max(end * keep, 1 - (1 - keep) * depth / 2)  # the second where `keep` is near 1
+    last = min(last, (keep * depth - 1) / (depth - 1))  # a shallow network that must keep little
+    if last <= 0:
+        return (keep,) * depth
 
     def left(rise):
         steps = (min(1.0, layer / (depth - 2)) for layer in range(depth))

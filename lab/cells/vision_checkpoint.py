@@ -47,7 +47,7 @@ def reachable(url, seconds=6):
 class Location:
     """Where weights come from. folder None: no weights, `why` says the reason, a stand-in takes their place."""
 
-    folder: str | None
+    folder: str | None  # or a hub id
     slug: str  # the name of the results' folder
     why: str = ""
 
@@ -76,8 +76,9 @@ def locate_checkpoint(model_id, smoke=False):
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
             online = reachable(hub)
-            return Location(snapshot_download(model_id, allow_patterns=patterns, local_files_only=not online),
-                            slug)
+            folder = snapshot_download(model_id, allow_patterns=patterns, local_files_only=not online)
+            converted = any(Path(folder).glob("*.safetensors"))  # else transformers looks for a converted copy
+            return Location(folder if converted else model_id, slug)
         except OSError as error:
             full = error.errno == errno.ENOSPC
             why = "the disk of the download cache is full" if full else f"no answer from {hub}" \
@@ -119,7 +120,8 @@ def load_checkpoint(location, device, smoke=False):
         model, processor = random_clip(smoke)
         facts = dict(checkpoint="random weights", why=location.why, image_processor=type(processor).__name__)
         return Checkpoint(model.eval().to(device), processor, None, location.slug, False, facts)
-    files = dict(pretrained_model_name_or_path=location.folder, local_files_only=True)
+    local = Path(location.folder).is_dir()
+    files = dict(pretrained_model_name_or_path=location.folder, local_files_only=local)
     try:
         model, report = transformers.AutoModel.from_pretrained(
             **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
@@ -127,7 +129,7 @@ def load_checkpoint(location, device, smoke=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**files)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
-        raise ValueError(f"MODEL_ID: the checkpoint in {location.folder} cannot be loaded ({reason})") from None
+        raise ValueError(f"MODEL_ID: the checkpoint {location.folder} cannot be loaded ({reason})") from None
     missing = list(report["missing_keys"])
     check(not missing, "MODEL_ID", location.folder, f"complete weights; {len(missing)} missing, e.g. {missing[:2]}")
     check(hasattr(model, "get_text_features"), "MODEL_ID", type(model).__name__, "a CLIP or SigLIP model")
@@ -135,7 +137,7 @@ def load_checkpoint(location, device, smoke=False):
     def tokenize(texts):
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
 
-    weights = sorted(Path(location.folder).glob("*.safetensors"))
+    weights = sorted(Path(location.folder).glob("*.safetensors")) if local else []
     revision = getattr(model.config, "_commit_hash", None) or Path(location.folder).resolve().name
     facts = dict(checkpoint=location.slug, revision=revision, image_processor=type(processor).__name__,
                  sha256={f.name: file_hash(f) for f in weights})
