@@ -334,18 +334,3 @@ def test_optional_modules_never_break_the_notebook(ns):
     assert ns["optional"]("no_such_module_anywhere", "thing") is None
     assert ns["optional"]("math", "no_such_name") is None
     assert ns["optional"]("math", "pi") == math.pi
-
-
-@pytest.mark.smoke
-def test_smoke_execution(tmp_path):
-    import pandas as pd
-
-    papermill = pytest.importorskip("papermill")
-    papermill.execute_notebook(
-        NOTEBOOK, str(tmp_path / "out.ipynb"), parameters=dict(MODE="smoke", OUT=str(tmp_path)), kernel_name="python3",
-        progress_bar=False)
-    claims = pd.read_csv(next(tmp_path.glob("results/ssm/*/claims.csv")))
-    assert list(claims["id"]) == ["A14", "A15", "A16"] and claims["verdict"].notna().all()
-    speed = pd.read_csv(next(tmp_path.glob("results/ssm/*/scan_speed.csv")))
-    assert (speed["status"] == "ok").all() and speed["peak_mem_mib"].notna().all()
-    assert len(list(tmp_path.glob("figures/ssm/*/*.png"))) == 4

@@ -1,13 +1,10 @@
 """The fair comparison of token reducers: scores, places, the rest, equal budgets, intervals."""
 
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from lab.notebooks import definitions
 
@@ -236,14 +233,3 @@ def test_per_image_results_survive_as_text(nb):
     other = dict(same, agrees="nnnnnn", cosines="")
     row = nb["quality_columns"](nb["per_image"]([same, other]), seen, "self")
     assert row["top1_agreement"] == 0.5 and row["agreement_minus_self"] == -0.5 and row["n_images"] == 6
-
-
-@pytest.mark.smoke
-def test_smoke(tmp_path):
-    done = subprocess.run(
-        ["bash", "run_all.sh", "--python", sys.executable, "--mode", "smoke", "--only", "token_reduction", "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    made = {p.name for p in tmp_path.rglob("*") if p.suffix in (".csv", ".png")}
-    assert {"token_reduction_grid.csv", "token_reduction_methods.csv", "token_reduction_latency.csv",
-            "token_reduction_images.csv", "token_reduction_pareto.png", "token_reduction_grid.png"} <= made

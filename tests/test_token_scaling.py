@@ -1,13 +1,9 @@
 """Adaptive token budgets, bucketing, and the fit that finds where the quadratic term takes over."""
 
-import subprocess
-import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 
 from lab.notebooks import definitions
 
@@ -124,17 +120,3 @@ def test_the_crossing_has_an_interval_around_the_truth_and_may_not_exist(nb):
     assert low <= star <= high and 500 < low < 1000 < high < 2000
     linear = [[3 + 0.02 * m] * 3 for m in n]
     assert nb["crossing"](n, linear)[0] > 1e6, "no quadratic term, no crossing"
-
-
-@pytest.mark.smoke
-def test_smoke(tmp_path):
-    done = subprocess.run(
-        ["bash", "run_all.sh", "--python", sys.executable, "--mode", "smoke", "--only", "token_scaling", "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    made = {p.name: p for p in tmp_path.rglob("*") if p.suffix in (".csv", ".png")}
-    assert {"token_scaling.csv", "token_scaling_fits.csv", "token_scaling_adaptive.csv", "token_scaling_buckets.csv",
-            "token_scaling.png", "token_scaling_adaptive.png", "claims.csv"} <= set(made)
-    assert list(pd.read_csv(made["claims.csv"])["id"]) == ["B14"]
-    scaling = pd.read_csv(made["token_scaling.csv"])
-    assert {"sdpa", "eager"} == set(scaling["attention"]) and len(set(scaling["dtype"])) == 2

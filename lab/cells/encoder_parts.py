@@ -12,7 +12,7 @@ def start_encoder(tower, pixels, layers):
     """(B, 3, S, S) → Tokens that have passed the first `layers` dense layers."""
     tokens = Tokens(tower.embed(pixels, pixels.shape[-1] != tower.image_size), pixels, tower.prefix, len(tower.blocks))
     tokens.macs = (tokens.x.shape[1] - tower.prefix) * tower.patch.weight.numel()
-    tokens.x = tower.pre_norm(tokens.x)
+    tokens.x, tokens.first = tower.pre_norm(tokens.x), tokens.x.shape[1]
     for block in tower.blocks[:layers]:
         attention_step(tokens, block, tower.heads)
         mlp_step(tokens, block)
@@ -35,7 +35,9 @@ def continue_encoder(tower, tokens, reducer, first, attended=False):
 
 def read_out(model, tower, tokens):
     """Tokens after the last layer → L2-normalised features (B, P)."""
-    return F.normalize(project(model, pooled_output(tower, tokens)), dim=-1)
+    feature = project(model, pooled := pooled_output(tower, tokens))
+    tokens.macs += 0 if feature is pooled else pooled.shape[-1] * feature.shape[-1]
+    return F.normalize(feature, dim=-1)
 
 
 def select_images(tokens, index):
