@@ -47,8 +47,8 @@ def compare(cases, rounds, warmup=2, device=None):
     """Time several callables against each other.
 
     cases: {name: callable without arguments}; rounds: timed calls of each. Every case is warmed up,
-    then each round calls all of them once, starting one case later than the round before, so that slow
-    drifts of the machine hit all alike. Returns {name: row}; a case that fails keeps its `status`.
+    then each round calls all of them once, in a new random order, so that slow drifts of the machine and
+    what a neighbour leaves in the caches hit all alike. Returns {name: row}; a failed case keeps its `status`.
     """
     device = device or torch.device("cpu")
     rows = {}
@@ -60,9 +60,10 @@ def compare(cases, rounds, warmup=2, device=None):
         if status == "oom" and device.type == "cuda":
             torch.cuda.empty_cache()
     good = [name for name in cases if rows[name]["status"] == "ok"]
-    for i in range(rounds):
-        for name in good[i % max(len(good), 1):] + good[:i % max(len(good), 1)]:
-            rows[name]["raw_ms"].append(time_once(cases[name], device))
+    shuffle = np.random.default_rng(0)  # of its own: the notebook's generators are not touched
+    for _ in range(rounds):
+        for i in shuffle.permutation(len(good)):
+            rows[good[i]]["raw_ms"].append(time_once(cases[good[i]], device))
     for name in good:
         low, middle, high = np.percentile(rows[name]["raw_ms"], [20, 50, 80])
         rows[name].update(
