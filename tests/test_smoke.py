@@ -29,6 +29,8 @@ TABLES = {  # of each notebook: tables with their number of rows (None: at least
     "token_scaling": (dict(token_scaling=None, token_scaling_fits=None, token_scaling_adaptive=None), "B", [14]),
 }
 PARAMETERS = {"mrss_proxy_experiment": ["-p", "CONV_FORM", "channels_last"]}  # else the fastest here is taken
+# the last step of a factored decode is elementwise: in the formula, not in PyTorch's counter
+UNCOUNTED = {"kernel_distillation": 0.01}
 SOURCES = sync_cells.sources()
 
 
@@ -64,7 +66,8 @@ def check_outputs(name, root, notebook):
         assert needed <= set(frame), (table, needed - set(frame))
         assert set(frame["mode"]) == {"smoke"}
         both = frame.dropna(subset=["flops_counted", "flops_analytic"]) if "flops_counted" in frame else frame[:0]
-        assert (both["flops_counted"] == both["flops_analytic"]).all() if len(both) else True
+        slack = UNCOUNTED.get(name, 0) * both["flops_analytic"] if len(both) else 0
+        assert not len(both) or ((both["flops_counted"] - both["flops_analytic"]).abs() <= slack).all(), table
     if len(numbers):
         claims = pd.read_csv(found["claims"], keep_default_na=False)
         assert claims["id"].tolist() == [f"{letter}{i:02d}" for i in numbers]
