@@ -211,6 +211,21 @@ def test_merging_identical_tokens_is_exact_with_the_size_bias(nb, model, pixels)
     close((plain.x[:, p:]).sum(1), (merged.x * merged.sizes[..., None])[:, p:].sum(1), 1e-2)
 
 
+@pytest.mark.parametrize("keep_norm", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_fast_merging_equals_one_group_at_a_time(nb, keep_norm, sized):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 21, 6, generator=generator)
+    sizes = torch.randint(1, 5, (3, 21), generator=generator).float() if sized else None
+    tokens = nb["Tokens"](x.clone(), None, 1, 6, sizes=sizes)
+    matched = nb["match_alternating"](x, 8, 1)
+    expected, expected_sizes = nb["merge_naive"](tokens, *matched, keep_norm)
+    nb["merge"](tokens, *matched, keep_norm)
+    close(tokens.x, expected)
+    close(tokens.sizes, expected_sizes)
+    assert torch.equal(tokens.x[:, 0], x[:, 0]) and tokens.x.shape[1] == 13
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ours", "tome", "vtp", "evit"])
 def test_cls_only_last_layer_is_exact(nb, clip, pixels, name):
@@ -331,9 +346,9 @@ def test_fitting_the_summary_helps_on_its_images(nb, clip):
     raw = torch.randint(0, 256, (16, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = nb["Images"](raw, None, [], "noise")
     before = [p.requires_grad for p in clip.parameters()]
-    offset, steps = nb["fit_summary"](clip, images, 0.3, seconds=1.5, batch=16)
-    assert steps >= 1 and offset.abs().sum() > 0 and [p.requires_grad for p in clip.parameters()] == before
     dense = nb["image_features"](clip, images)
+    offset, steps = nb["fit_summary"](clip, images, dense, 0.3, seconds=1.5)
+    assert steps >= 1 and offset.abs().sum() > 0 and [p.requires_grad for p in clip.parameters()] == before
     cosine = [(nb["image_features"](clip, images, nb["InputPruning"](0.3, rest, o)) * dense).sum(-1).mean()
               for rest, o in (("mean", None), ("learned", offset))]
     assert cosine[1] > cosine[0]

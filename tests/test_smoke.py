@@ -16,7 +16,7 @@ from lab import sync_cells
 
 # what differs between two runs of the same code: times, memory, what follows from them, and when it ran
 CHANGES = re.compile(
-    r"latency|_ms|_us|ms_|throughput|speedup|ratio|slope|crossover|seconds|train_s|peak_mem|mib|memory|limit|"
+    r"latency|_ms|_us|us_per|ms_|throughput|speedup|ratio|slope|crossover|seconds|train_s|peak_mem|mib|memory|limit|"
     r"faster|crossing|misfit|run_id|utc_time|git_|^(low|high|measured|verdict|reason|n_runs|error_ms)$")
 TABLES = {  # of each notebook: tables with their number of rows (None: at least one), and the claims it judges
     "mrss_proxy_experiment": (dict(mrss_conv_forms=None, mrss_proxy_results=47, mrss_quality=21), "A", range(1, 14)),

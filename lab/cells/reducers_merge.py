@@ -12,18 +12,19 @@ from lab.cells.reducers import Reducer, check_keep, importance, merge
 def match_alternating(metric, merges, prefix=1, weight=None):
     """ToMe's matching (arXiv 2210.09461): tokens at even places (A) choose their most similar at odd ones (B).
 
-    metric: (B, N, C), unit length. The `merges` pairs with the least loss merge: 1 - similarity, times the
-    source's `weight` (B, N) if given. Returns kept (B, N - merges), rest (B, merges), target for `merge`."""
-    a, b = metric[:, ::2], metric[:, 1::2]
-    similarity = a @ b.transpose(1, 2)
-    if prefix > 1:
-        similarity[..., : prefix // 2] = -2.0  # special tokens take nothing in
+    metric: (B, N, C), compared by cosine; prefix: 1 with a CLS token, else 0. The `merges` pairs with the least
+    loss merge: 1 - similarity, times the source's `weight` (B, N) if given. Returns kept (B, N - merges),
+    rest and target (B, merges) for `merge`."""
+    inverse = metric.norm(dim=-1).clamp(min=1e-12).reciprocal()
+    similarity = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)) * inverse[:, None, 1::2]
     best, partner = similarity.max(-1)
-    loss = 1 - best if weight is None else (1 - best) * weight[:, ::2]
-    loss[:, : (prefix + 1) // 2] = torch.inf  # special tokens stay
+    loss = 1 - best * inverse[:, ::2]
+    loss = loss if weight is None else loss * weight[:, ::2]
+    loss[:, :prefix] = -torch.inf  # the CLS token (in A, so nothing joins it) comes first and stays
     order = loss.argsort(dim=1, stable=True)
-    source, stay = order[:, :merges], order[:, merges:].sort(1).values
-    odd = torch.arange(1, metric.shape[1], 2, device=metric.device).repeat(len(metric), 1)
+    source = order[:, prefix : prefix + merges]
+    stay = torch.cat([order[:, :prefix], order[:, prefix + merges :]], 1)
+    odd = torch.arange(1, metric.shape[1], 2, device=metric.device).expand(len(metric), -1)
     return torch.cat([2 * stay, odd], 1), 2 * source, partner.gather(1, source) + stay.shape[1]
 
 
@@ -55,7 +56,7 @@ class MergeSimilar(Reducer):
         merges = min(self.merges(tokens), (n - tokens.prefix) // 2)
         if merges <= 0:
             return
-        metric = F.normalize(self.metric(tokens), dim=-1)
+        metric = self.metric(tokens)
         tokens.macs += (n + 1) // 2 * (n // 2) * metric.shape[-1]
         merge(tokens, *match_alternating(metric, merges, tokens.prefix, self.weight(tokens)), keep_norm)
 
