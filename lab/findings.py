@@ -282,11 +282,17 @@ def tokens(column, n, method):
 
 FORWARD = {"pass": "forward"}
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.75")
+COARSE = dict(variant="SplitMRSS r=16 α=0.875")
 
 
-def designs(kind):
-    """Time of the baseline over that of SplitMRSS, at the largest batch; kind: the pass."""
-    return time_ratio("mrss_proxy_results", BASELINE, SPLIT, pair=["batch"], experiment="designs", **{"pass": kind})
+def designs(kind, design=SPLIT):
+    """Time of the baseline over that of a design, at the largest batch; kind: the pass."""
+    return time_ratio("mrss_proxy_results", BASELINE, design, pair=["batch"], experiment="designs", **{"pass": kind})
+
+
+def quality(task, design=SPLIT):
+    """Error of a design over that of the baseline, and the unit it is told in."""
+    return seed_ratio("mrss_quality", "error", design, BASELINE, "train_seed", task=task), "×"
 
 
 def decoding(other):
@@ -301,14 +307,17 @@ FINDINGS = [
                        experiment="original"),
             "As proposed (r = 4, the original's best) it is {answer}: {value}{interval} the baseline's time."),
     Finding("split", "ssm", "Does splitting the channels by rate win?",
-            also(designs("forward"), training=(designs("forward+backward"), "×")),
+            also(designs("forward"), training=(designs("forward+backward"), "×"),
+                 coarse=(designs("forward", COARSE), "×"), coarse_training=(designs("forward+backward", COARSE), "×")),
             "SplitMRSS (three quarters of the channels at an eighth of the rate) is {value}{interval} as fast as the "
-            "baseline with the same fast convolution; with gradients {training}."),
+            "baseline with the same fast convolution; with gradients {training}. With seven eighths at a sixteenth: "
+            "{coarse}; with gradients {coarse_training}."),
     Finding("split_error", "ssm", "What does that cost in quality?",
-            also(seed_ratio("mrss_quality", "error", SPLIT, BASELINE, "train_seed", task="multi-timescale"),
-                 control=(seed_ratio("mrss_quality", "error", SPLIT, BASELINE, "train_seed", task="short-timescale"), "×")),
-            "Equal steps, several time scales: {value}{interval} the baseline's error. The control, short time scales "
-            "only: {control}."),
+            also(quality("multi-timescale")[0], control=quality("short-timescale"), digits=quality("digits"),
+                 coarse=quality("multi-timescale", COARSE), coarse_digits=quality("digits", COARSE)),
+            "Equal steps, several time scales: {value}{interval} the baseline's error; short ones only, the control: "
+            "{control}; digits read pixel by pixel: {digits}. At a sixteenth of the rate: several scales {coarse}, "
+            "digits {coarse_digits}."),
     Finding("scan_library", "ssm", "Is our scan faster than the transformers library's?",
             time_ratio("scan_speed", dict(variant="SSD transformers, Q=256"), dict(variant="SSD (ours)"),
                        pair=["length"], **FORWARD),

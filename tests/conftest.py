@@ -25,6 +25,17 @@ LABEL = "x"  # any text
 RATE = 0.5  # between 0 and 1'''
 
 
+SLOW = ("test_smoke", "test_survival", "test_run")  # whole runs, up to minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """The slow tests come first, half of them to each of two workers; else one works on alone at the end."""
+    slow = [item for item in items if item.path.stem in SLOW]
+    rest = [item for item in items if item.path.stem not in SLOW]
+    half = len(rest) // 2
+    items[:] = slow[::2] + rest[:half] + slow[1::2] + rest[half:]
+
+
 def tiny_notebook(path, *cells, kernel="python3"):
     """Write a notebook with the shared cells, the parameters above, and the given code cells."""
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}})

@@ -99,8 +99,9 @@ def write_project_tables(root):
                for kind, times in two for batch in (1, 8)]
     timed(place, "mrss_proxy_results", base, stock + designs)
     errors = [dict(task=task, variant=name, train_seed=seed, error=error * (1 + seed), status="ok") | base
-              for task, half in (("multi-timescale", 0.5), ("short-timescale", 1.1)) for seed in (0, 1, 2)
-              for name, error in (("Baseline", 0.2), ("SplitMRSS r=8 α=0.75", 0.2 * half))]
+              for task, half in (("multi-timescale", 0.5), ("short-timescale", 1.1), ("digits", 3.0)) for seed in (0, 1, 2)
+              for name, error in (("Baseline", 0.2), ("SplitMRSS r=8 α=0.75", 0.2 * half),
+                                  ("SplitMRSS r=16 α=0.875", 0.4 * half))]
     write_csv(place / "mrss_quality.csv", pd.DataFrame(errors))
     variants = {"attention (sdpa)": 0.01, "SSD transformers, Q=256": 0.1, "SSD (ours)": 0.02, "S6 (ours)": 0.05}
     timed(place, "scan_speed", base, [{"pass": "forward", "length": t, "variant": name, "ms": unit * t * (t / 256)**(name[0] == "a")}

@@ -139,7 +139,7 @@ def test_two_runs_at_once_and_ctrl_c(project):
     slow = slow.replace("    table.add", "    if table.has(i=i): continue\n    print('step', i, flush=True)\n    table.add", 1)
     tiny_notebook(folder / "ssm/good.ipynb", slow)
     run("--help")  # fills the shared cells
-    words = ["bash", "run_all.sh", "--python", sys.executable, "--mode", "cpu", "--set", "STEPS=250"]
+    words = ["bash", "run_all.sh", "--python", sys.executable, "--mode", "cpu", "--set", "STEPS=120"]
     first = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)
     deadline = time.monotonic() + 120
@@ -154,8 +154,8 @@ def test_two_runs_at_once_and_ctrl_c(project):
     _, errors = first.communicate(timeout=60)
     assert first.returncode != 0
     assert not list(folder.rglob("good.csv")) and not list(folder.rglob("*.tmp"))
-    third = run("--mode", "cpu", "--set", "STEPS=250")
+    third = run("--mode", "cpu", "--set", "STEPS=120")
     assert third.returncode == 0, third.stderr + errors
     assert "good: continuing an interrupted run" in third.stdout
     (csv,) = folder.glob("results/ssm/*/good.csv")
-    assert [int(line.split(",")[0]) for line in csv.read_text().splitlines()[1:]] == list(range(250))
+    assert [int(line.split(",")[0]) for line in csv.read_text().splitlines()[1:]] == list(range(120))

@@ -103,8 +103,10 @@ class ProtectedMerging(MergeSimilar):
         self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
 
     def merges(self, tokens):
+        """As the shape asks; a layer with less than 3 % to merge leaves it to the next, since merging itself costs time."""
         left = self.shape(self.keep, tokens.depth)[tokens.layer]
-        return tokens.x.shape[1] - max(tokens.prefix + 1, round(left * tokens.first))
+        merges = tokens.x.shape[1] - max(tokens.prefix + 1, round(left * tokens.first))
+        return merges if merges >= 0.03 * tokens.first else 0
 
     def metric(self, tokens):
         return tokens.x if self.hidden else super().metric(tokens)
