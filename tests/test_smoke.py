@@ -68,6 +68,8 @@ def check_outputs(name, root, notebook):
         both = frame.dropna(subset=["flops_counted", "flops_analytic"]) if "flops_counted" in frame else frame[:0]
         slack = UNCOUNTED.get(name, 0) * both["flops_analytic"] if len(both) else 0
         assert not len(both) or ((both["flops_counted"] - both["flops_analytic"]).abs() <= slack).all(), table
+    for path in found.values():
+        assert_documented(path)
     if len(numbers):
         claims = pd.read_csv(found["claims"], keep_default_na=False)
         assert claims["id"].tolist() == [f"{letter}{i:02d}" for i in numbers]
@@ -82,6 +84,19 @@ def check_outputs(name, root, notebook):
     text = "".join(o.get("text", "") for o in outputs)
     assert "✓" in text and "Traceback" not in text and "Warning" not in text
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= len(figures), "each figure is in the notebook, too"
+
+
+DICTIONARY = (ROOT / "results/README.md").read_text(encoding="utf-8")
+
+
+def assert_documented(path):
+    """The data dictionary has the table and each of its columns (`x_low` and the like go with `x`)."""
+    words = set(re.findall(r"`([^`]+)`", DICTIONARY))
+    assert path.name in words or path.stem.endswith("_raw"), path.name
+    for column in pd.read_csv(path, nrows=1).columns:
+        stem = re.sub(r"_(low|high|p20|p80)$", "", column)
+        stem = re.sub(r"_minus_(best|tome|fixed|dense)$", "_minus_x", stem)
+        assert {column, stem, f"{stem}_median"} & words, (path.name, column)
 
 
 def same_numbers(first, second):
