@@ -1,5 +1,6 @@
 """Where we run, with what, and where results go."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -58,6 +59,19 @@ def package_version(name):
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def keep_freed_memory():
+    """Let a Linux process keep the memory it frees, as PyTorch's allocator does on a GPU.
+
+    Else every large tensor is new memory that the system clears page by page, and a benchmark of large layers
+    measures that instead of the layers."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: leave it as it is
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own for large tensors
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def git_state():
@@ -175,6 +189,7 @@ def start_run(suite, notebook, mode, seed, out=None, resume=True, weights=""):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    keep_freed_memory()
     where = "Colab" if "google.colab" in sys.modules else platform.system()
     print(f"{run.mode} mode on {run.row['device']} ({run.row['num_threads']} threads, {where})")
     print(f"torch {torch.__version__} · python {run.row['python']} · seed {seed} · "

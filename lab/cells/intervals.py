@@ -30,7 +30,10 @@ def flags(hits):
 
 def judge_images(features, dense, text, labels):
     """What became of each image, as text for one table cell each: cosine to the dense feature, whether the
-    top-1 class is the dense model's, whether it is right. features, dense: (N, P); text: (C, P); labels: (N,)."""
+    top-1 class is the dense model's, whether it is right. features, dense: (N, P); text: (C, P); labels: (N,).
+    Features that are not finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
+    if not features.isfinite().all():
+        return dict(status="nan", cosines="", agrees="", corrects="")
     predicted = (features @ text.T).argmax(-1)
     return dict(cosines=" ".join(f"{c:.4f}" for c in (features * dense).sum(-1).tolist()),
                 agrees=flags(predicted == (dense @ text.T).argmax(-1)), corrects=flags(predicted == labels))
@@ -49,6 +52,8 @@ def per_image(rows):
 
 def quality_columns(seen, baseline=None, name="baseline"):
     """Columns of a table from `per_image`: means with 95 % intervals, and paired differences to a baseline."""
+    if seen["agreement"] is None:  # no draw gave finite features
+        return dict(n_images=0, status="nan")
     n = len(seen["agreement"])
     row = dict(n_images=n)
     if seen["cosine"] is not None:
@@ -57,7 +62,7 @@ def quality_columns(seen, baseline=None, name="baseline"):
     for short, column in (("agreement", "top1_agreement"), ("accuracy", "top1_accuracy")):
         row.update(with_interval(column, wilson(seen[short].sum(), n)))
     for short in ("cosine", "agreement", "accuracy") if baseline else ():
-        if seen[short] is not None:
+        if seen[short] is not None and baseline[short] is not None:
             difference = bootstrap_mean(seen[short] - baseline[short])
             row.update(with_interval(f"{short}_minus_{name}", difference))
     return row

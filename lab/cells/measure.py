@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+NOISY = 0.3  # a case whose 20th and 80th percentile lie further apart, as a share of its median, is noisy
 
 def synchronize(device):
     """Wait until the device has finished what was queued."""
@@ -68,19 +69,36 @@ def compare(cases, rounds, warmup=2, device=None):
         low, middle, high = np.percentile(rows[name]["raw_ms"], [20, 50, 80])
         rows[name].update(
             latency_ms_median=middle, latency_ms_p20=low, latency_ms_p80=high, n_warmup=max(warmup, 1),
-            n_runs=rounds, timer="cuda_event" if device.type == "cuda" else "perf_counter")
+            n_runs=rounds, timer="cuda_event" if device.type == "cuda" else "perf_counter",
+            noisy=bool(high - low > NOISY * middle))
+    noisy = [str(name) for name in good if rows[name]["noisy"]]
+    if noisy and rounds >= 5:
+        print(f"a noisy machine: {len(noisy)} of {len(good)} cases spread by more than {NOISY:.0%} of their median "
+              f"(20th to 80th percentile): {', '.join(noisy[:5])}{' …' if len(noisy) > 5 else ''}", flush=True)
     return rows
 
 
 def ratio_interval(raw_a, raw_b, draws=2000):
-    """(ratio, low, high) of median(a) / median(b): bootstrap 95 % interval over rounds, drawn in pairs."""
+    """(ratio, low, high) of median(a) / median(b) with a 95 % interval; rounds are paired.
+
+    A bootstrap over rounds; with fewer than eight, where that is too narrow, Student's t on the log ratios of
+    the rounds, widened to hold the ratio itself. Without times (a case that failed): three NaN."""
     a, b = np.asarray(raw_a, float), np.asarray(raw_b, float)
-    if len(a) != len(b) or len(a) == 0:
+    if not len(a) or not len(b):
+        return float("nan"), float("nan"), float("nan")
+    if len(a) != len(b):
         raise ValueError(f"raw times of {len(a)} and {len(b)} rounds cannot be paired")
+    ratio = float(np.median(a) / np.median(b))
+    if len(a) < 8:
+        from scipy import stats
+
+        logs = np.log(a / b)
+        half = stats.t.ppf(0.975, len(a) - 1) * logs.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan")
+        low, high = np.exp([logs.mean() - half, logs.mean() + half])
+        return ratio, float(np.fmin(low, ratio)), float(np.fmax(high, ratio))
     pick = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
     ratios = np.median(a[pick], axis=1) / np.median(b[pick], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(np.median(a) / np.median(b)), float(low), float(high)
+    return ratio, *map(float, np.percentile(ratios, [2.5, 97.5]))
 
 
 def tensor_bytes(tensors):

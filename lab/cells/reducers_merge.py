@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.cells.environment import check
-from lab.cells.reducers import Reducer, check_keep, importance, merge
+from lab.cells.reducers import Reducer, check_keep, importance, merge, take, track
 
 
 def match_alternating(metric, merges, prefix=1, weight=None):
@@ -88,25 +88,55 @@ def straight(keep, depth):
     return tuple(max(0.02, 1 - 2 * (1 - keep) * (layer + 1) / (depth + 1)) for layer in range(depth))
 
 
+def checkerboard(tokens):
+    """Order the patches so that all four neighbours of a patch stand at places of the other parity.
+
+    Matching pairs even places with odd ones. Row by row on a grid of even width, a patch and the one below it
+    have the same parity and could never merge; so every second row swaps its columns pairwise."""
+    patches = tokens.x.shape[1] - tokens.prefix
+    side = round(patches**0.5)
+    if side * side != patches or side % 2:
+        return  # no square grid, or one of odd width, whose rows alternate as they are
+    places = torch.arange(patches).view(side // 2, 2, side // 2, 2)
+    places = torch.stack([places[:, 0], places[:, 1].flip(-1)], 1).flatten() + tokens.prefix
+    order = torch.cat([torch.arange(tokens.prefix), places]).to(tokens.x.device).expand(len(tokens.x), -1)
+    track(tokens, order)
+    tokens.x = take(tokens.x, order)
+
+
+MERGING_TWELFTHS = (1, 3, 5, 6, 8)  # where in the depth ours merges: five times, for every merge takes time
+
+
 class ProtectedMerging(MergeSimilar):
-    """Our recipe. Like ToMe, but: most merges in the middle layers; hidden states are compared, not keys; what
-    the CLS token reads and what is already large merges last; a merged token keeps its parts' mean length;
-    attention gets 0.85 of the log sizes; of the last layer only the CLS row is computed.
+    """Our recipe. Like ToMe, but: five merges, most of it in the middle layers; vertical neighbours can merge,
+    too; hidden states are compared, not keys; what the CLS token reads and what is already large merges last; a
+    merged token keeps its parts' mean length; attention gets 0.85 of the log sizes; of the last layer only the
+    CLS row is computed.
 
     keep: mean share of the tokens left over the layers. The other arguments remove one part each."""
 
     kind = "keep"
 
-    def __init__(self, keep, shape=hump, hidden=True, protect=True, keep_norm=True, size_bias=0.85,
-                 cls_only_last=True):
-        self.keep, self.shape, self.hidden, self.protect = check_keep(keep), shape, hidden, protect
+    def __init__(self, keep, shape=hump, every_layer=False, checkered=True, hidden=True, protect=True,
+                 keep_norm=True, size_bias=0.85, cls_only_last=True):
+        self.keep, self.shape, self.every_layer = check_keep(keep), shape, every_layer
+        self.checkered, self.hidden, self.protect = checkered, hidden, protect
         self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
 
+    def at_input(self, tokens):
+        if self.checkered and self.keep < 1:
+            checkerboard(tokens)
+
     def merges(self, tokens):
-        """As the shape asks; a layer with less than 3 % to merge leaves it to the next, since merging itself costs time."""
-        left = self.shape(self.keep, tokens.depth)[tokens.layer]
-        merges = tokens.x.shape[1] - max(tokens.prefix + 1, round(left * tokens.first))
-        return merges if merges >= 0.03 * tokens.first else 0
+        """What the shape asks for, on average over the layers up to the next merge."""
+        left, at = self.shape(self.keep, tokens.depth), range(tokens.depth)
+        if not self.every_layer:
+            at = sorted({tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS})
+        if tokens.layer not in at:
+            return 0
+        until = next((layer for layer in at if layer > tokens.layer), tokens.depth)
+        mean = sum(left[tokens.layer : until]) / (until - tokens.layer)
+        return tokens.x.shape[1] - max(tokens.prefix + 1, round(mean * tokens.first))
 
     def metric(self, tokens):
         return tokens.x if self.hidden else super().metric(tokens)

@@ -56,7 +56,9 @@ def fidelity(features, dense, text=None, labels=None):
     """How well reduced features (N, P) keep what the dense ones say: cosine, agreement, accuracy, intervals.
 
     text: (C, P) or None; labels: (N,) or None. Without them those numbers are absent. The accuracy's change
-    against the dense features is paired by image."""
+    against the dense features is paired by image. Features that are not finite give status='nan' and no number."""
+    if not features.isfinite().all():
+        return dict(n_images=len(features), status="nan")
     cosine = (features * dense).sum(-1)
     row = dict(n_images=len(features), cosine_p5=float(cosine.quantile(0.05)), cosine_min=float(cosine.min()))
     row["cosine_mean"], row["cosine_low"], row["cosine_high"] = mean_interval(cosine)
