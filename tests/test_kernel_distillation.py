@@ -64,6 +64,79 @@ def test_dense_kernels_are_exact_at_full_rank(nb, method, rank):
     assert nb["distill"](kernel, method, rank=rank).error < 1e-12
 
 
+@pytest.mark.parametrize("length", [1, 25, 40, 61])
+def test_gram_matrix_equals_its_definition(nb, length):
+    x = normal(3, length, 2)
+    assert torch.allclose(nb["input_gram"](x, 40), nb["input_gram_naive"](x, 40), atol=1e-10)
+    kernel = normal(40, 2)
+    energy = sum((kernel[:, d] @ nb["input_gram"](x[..., d:d + 1], 40) @ kernel[:, d]) for d in range(2))
+    assert torch.isclose(energy, nb["causal_conv"](x, kernel).square().sum()), "it weighs errors as outputs do"
+
+
+def coloured(batch=2, length=80, width=1, seed=5):
+    """Smooth inputs: a kernel's fast directions hardly reach the output."""
+    return normal(batch, length, width, seed=seed).cumsum(1) / length**0.5
+
+
+def relative_output_error(nb, form, kernel, x):
+    y = nb["causal_conv"](x, kernel)
+    return ((nb["causal_conv"](x, form(len(kernel))) - y).norm() / y.norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(48, 5), (48, 3, 4)])
+def test_weighted_svd_is_exact_at_full_rank_whatever_the_inputs(nb, shape):
+    kernel = normal(*shape)
+    full = min(48, kernel[0].numel())
+    for x in (normal(2, 48, shape[1], seed=4), coloured(width=shape[1]), normal(2, 10, shape[1], seed=4)):
+        form = nb["distill"](kernel, "weighted", rank=full, inputs=x)
+        assert form.error < 1e-9 and form.kernel_error < 1e-9 and form(48).isfinite().all()
+
+
+def test_weighted_svd_of_white_long_inputs_is_the_svd(nb):
+    kernel, x = planted(50, 3), normal(40, 2000, 3, seed=6)
+    ours, plain = nb["distill"](kernel, "weighted", rank=2, inputs=x), nb["distill"](kernel, "svd", rank=2)
+    assert (ours(50) - plain(50)).norm() < 0.02 * kernel.norm()
+    assert ours.stored() == plain.stored() == 2 * (50 + 3)
+
+
+def test_weighted_svd_has_the_least_output_error(nb):
+    kernel, x = planted() + 0.1 * normal(100, 4, seed=9), coloured(length=150).repeat(1, 1, 4)  # every channel sees the same
+    fit, largest = nb["prepare"](kernel, "weighted", inputs=x)
+    errors = [fit(rank).error for rank in range(1, largest + 1)]
+    assert all(b <= a + 1e-9 for a, b in zip(errors, errors[1:], strict=False))
+    for rank in (1, 2, 3):
+        ours, plain = fit(rank), nb["distill"](kernel, "svd", rank=rank)
+        assert ours.error == pytest.approx(relative_output_error(nb, ours, kernel, x), rel=1e-6)
+        assert ours.error < relative_output_error(nb, plain, kernel, x)
+        assert ours.kernel_error >= plain.kernel_error == plain.error, "each is the best in its own measure"
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.05, 1e-3])
+def test_weighted_tolerance_is_on_the_outputs(nb, tolerance):
+    kernel, x = planted() + 1e-5 * normal(100, 4, seed=9), coloured(length=150).repeat(1, 1, 4)
+    form = nb["distill"](kernel, "weighted", tolerance=tolerance, inputs=x)
+    assert relative_output_error(nb, form, kernel, x) <= tolerance * (1 + 1e-6)
+    if form.rank > 1:
+        assert nb["distill"](kernel, "weighted", rank=form.rank - 1, inputs=x).error > tolerance
+
+
+@pytest.mark.parametrize("inputs, message", [
+    (None, "inputs=None .*'weighted'"), (torch.ones(2, 30, 3), r"inputs=\(2, 30, 3\) .*\(B, T, 4\)"),
+    (torch.ones(30, 4), r"inputs=\(30, 4\)"), (torch.full((2, 30, 4), float("nan")), "inputs='NaN"),
+    (torch.zeros(2, 30, 4), "all zero"),
+])
+def test_weighted_refuses_unfit_inputs(nb, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        nb["distill"](planted(), "weighted", rank=1, inputs=inputs)
+
+
+def test_more_noise_in_a_dense_kernel_is_what_resists_compression(nb):
+    """The finding of the notebook: what is left after a tenth of the numbers follows the noise, not the filter."""
+    clean = 0.9 ** torch.arange(64)[:, None, None].double() * normal(1, 8, 8, seed=1)
+    left = [nb["distill"](clean + noise * normal(64, 8, 8, seed=2), "svd", rank=3).error for noise in (0.001, 0.01, 0.1)]
+    assert left[0] < 0.12 * left[1] < 0.015 * left[2]
+
+
 def test_a_dense_kernel_with_shared_poles_is_found(nb):
     t = torch.arange(99)[:, None, None].double()
     kernel = torch.cat([normal(1, 3, 4), 0.9**t * normal(1, 3, 4, seed=1) + 0.6**t * normal(1, 3, 4, seed=2)])
@@ -213,3 +286,9 @@ def test_training_lowers_the_error(nb):
     assert nb["task_error"](model, task) < before
     forms = [nb["distill"](k, "svd", rank=8) for k in nb["taps_of"](model, "timescales", 64, 64)]
     assert nb["task_error"](nb["swapped"](model, forms), task) == pytest.approx(nb["task_error"](model, task), rel=1e-3)
+    kernels = nb["taps_of"](model, "timescales", 64, 64)
+    with torch.no_grad():
+        seen, new = (model.layer_inputs(task.batch(torch.Generator().manual_seed(s))[0]) for s in (7, 8))
+    ours, plain = ([nb["distill"](k, m, rank=2, inputs=x) for k, x in zip(kernels, seen, strict=True)]
+                   for m in ("weighted", "svd"))
+    assert nb["output_error"](kernels, ours, new) < nb["output_error"](kernels, plain, new), "on inputs it has not seen, too"
