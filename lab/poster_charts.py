@@ -45,14 +45,18 @@ def footer(table, device):
     return " · ".join(facts)
 
 
-def bars(axes, labels, values, low, high, text):
-    """Horizontal bars from the top down, with intervals and the value at the end of each."""
+def bars(axes, labels, values, low, high, text, line=None):
+    """Horizontal bars from the top down, with intervals and the value at the end of each; line: a mark across all,
+    which no value is written over."""
     y = range(len(values), 0, -1)
     axes.barh(y, values, 0.7, color=[PALETTE[i % 8] for i in range(len(values))])
     axes.errorbar(values, y, xerr=[[v - a for v, a in zip(values, low, strict=True)],
                                    [b - v for v, b in zip(values, high, strict=True)]], fmt="none", color="black", capsize=8)
+    if line is not None:
+        axes.axvline(line, color="black", linewidth=3)
     for at, value, end in zip(y, values, high, strict=True):
-        axes.text(max(value, end), at, f"  {text(value)}", va="center", fontsize=TEXT)
+        end = max(end, value)
+        axes.text(end if line is None or end > line else line, at, f"  {text(value)}", va="center", fontsize=TEXT)
     axes.set_yticks(list(y), labels)
     axes.grid(axis="y", visible=False)
 
@@ -88,7 +92,7 @@ def rates(axes, place):
         return None
     stock = " (stock conv)"
     mine = rows(table, {"pass": "forward", "experiment": "original"})
-    found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4")]
+    found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4", "MRSS r=8")]
     mine = rows(table, {"pass": "forward", "experiment": "designs"})
     mine = mine[mine["batch"] == mine["batch"].max()]
     found += [(name.replace("MRSS r=", " r="), part) for name, part in mine.groupby("variant", sort=False)
@@ -97,8 +101,8 @@ def rates(axes, place):
     if not found:
         return None
     low, high = ([1 / row[f"speedup_{end}"] for _, row in found] for end in ("high", "low"))
-    bars(axes, [label for label, _ in found], [1 / row["speedup"] for _, row in found], low, high, lambda v: f"{v:.2f}×")
-    axes.axvline(1, color="black", linewidth=3)
+    bars(axes, [label for label, _ in found], [1 / row["speedup"] for _, row in found], low, high, lambda v: f"{v:.2f}×",
+         line=1)
     axes.set(xlabel="time, × the baseline's")
     axes.set_xlim(0, max(high) * 1.2)
     return shown(found)
@@ -177,8 +181,7 @@ def clock(axes, place):
         return None
     low, high = ([100 * row[f"latency_vs_dense_{end}"] for _, row in found] for end in ("low", "high"))
     bars(axes, [label for label, _ in found], [100 * row["latency_vs_dense"] for _, row in found], low, high,
-         lambda v: f"{v:.0f} %")
-    axes.axvline(50, color="black", linewidth=3)
+         lambda v: f"{v:.0f} %", line=50)
     axes.set(xlabel=f"time, % of the whole encoder (batch {found[0][1]['batch']:.0f})")
     axes.set_xlim(0, max(100, max(high)) * 1.15)
     return shown(found)

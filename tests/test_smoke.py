@@ -16,14 +16,15 @@ from lab import sync_cells
 
 # what differs between two runs of the same code: times, memory, what follows from them, and when it ran
 CHANGES = re.compile(
-    r"latency|_ms|_us|us_per|ms_|throughput|speedup|ratio|slope|crossover|seconds|train_s|peak_mem|mib|memory|limit|"
+    r"latency|_ms|_us|us_per|ms_|throughput|speedup|^noisy$|slope|crossover|seconds|train_s|peak_mem|mib|memory|limit|"
     r"faster|crossing|misfit|run_id|utc_time|git_|^(low|high|measured|verdict|reason|n_runs|error_ms)$")
 TABLES = {  # of each notebook: tables with their number of rows (None: at least one), and the claims it judges
-    "mrss_proxy_experiment": (dict(mrss_conv_forms=None, mrss_proxy_results=47, mrss_quality=21), "A", range(1, 14)),
+    "mrss_proxy_experiment": (dict(mrss_conv_forms=None, mrss_proxy_results=None, mrss_quality=None), "A", range(1, 14)),
     "selective_scan": (dict(scan_speed=None, scan_speedups=None, scan_quality=None, scan_decode=None), "A", range(14, 17)),
     "kernel_distillation": (dict(kernel_distillation_quality=None, kernel_distillation_latency=None,
                                  kernel_distillation_spectrum=None), "A", range(17, 20)),
-    "clip_pruning": (dict(clip_vtp_results=None, clip_equal_compute=None, clip_scaling=None), "B", range(1, 16)),
+    "clip_pruning": (dict(clip_vtp_results=None, clip_equal_compute=None, clip_plugins=3),
+                     "B", [*range(1, 14), 15]),
     "token_reduction": (dict(token_reduction_grid=None, token_reduction_methods=None, token_reduction_latency=None),
                         "B", ()),
     "token_scaling": (dict(token_scaling=None, token_scaling_fits=None, token_scaling_adaptive=None), "B", [14]),
