@@ -39,4 +39,5 @@ class Claims:
         write_csv(path, table.sort_values("id"))
         mine = table[table["notebook"] == self.run.notebook].sort_values("id")
         shown = ["id", "statement", "claimed", "unit", "measured", "low", "high", "n", "verdict", "reason"]
-        return mine[shown]
+        pd.set_option("display.max_colwidth", None)  # a reason that is cut off is none
+        return mine[shown].astype(object).fillna("")

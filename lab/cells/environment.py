@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports a missing GPU as an error
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports a missing GPU as an error,
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and memory that is older than its own start as a warning
 warnings.filterwarnings("ignore", message="IProgress not found")  # no notebook here shows a progress bar
 import torch  # noqa: E402
 
@@ -123,8 +124,8 @@ class Run:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.smoke, self.started = self.mode == "smoke", time.monotonic()
         self.slug = device_slug(self.device)
-        root, place = output_root(out, self.mode), Path(suite) / self.slug / weights
-        self.results, self.figures = root / "results" / place, root / "figures" / place
+        self.root, place = output_root(out, self.mode), Path(suite) / self.slug / weights
+        self.results, self.figures = self.root / "results" / place, self.root / "figures" / place
         for folder in (self.results, self.figures):
             folder.mkdir(parents=True, exist_ok=True)
         commit, dirty = git_state()
@@ -165,7 +166,7 @@ class Run:
             journal.unlink()
         print(f"done in {long['seconds'] / 60:.1f} min ({self.mode} mode)")
         for folder in (self.results, self.figures):
-            print(f"  {os.path.relpath(folder)}: {len(list(folder.glob('[!.]*')))} files")
+            print(f"  {folder.relative_to(self.root)}: {len(list(folder.glob('[!.]*')))} files")
 
 
 def write_atomically(path, data):
@@ -194,5 +195,6 @@ def start_run(suite, notebook, mode, seed, out=None, resume=True, weights=""):
     print(f"{run.mode} mode on {run.row['device']} ({run.row['num_threads']} threads, {where})")
     print(f"torch {torch.__version__} · python {run.row['python']} · seed {seed} · "
           f"commit {run.row['git_commit'] or 'unknown'}{' + local changes' if run.row['git_dirty'] else ''}")
-    print(f"results → {os.path.relpath(run.results)} · figures → {os.path.relpath(run.figures)}")
+    print(" · ".join(f"{kind} → {folder.relative_to(run.root)}" for kind, folder in
+                     (("results", run.results), ("figures", run.figures))))
     return run

@@ -1,7 +1,6 @@
 """One family of figures: colour-blind-safe, marked as well as coloured, each saying where it comes from."""
 
 import io
-import os
 
 import matplotlib.pyplot as plt
 
@@ -26,12 +25,12 @@ def series_style(i):
 def save_figure(run, fig, name, alt, n=None):
     """Write `<figures>/<name>` (PNG, 200 dpi; `alt` describes it for who cannot see it) and show it.
 
-    The footer names device, dtype, torch, n and commit; a smoke run's figure is marked as no result."""
-    facts = [run.row["device"], run.row["dtype"], f"torch {run.row['torch']}"]
+    The footer names device, weights, dtype, torch, n and commit; a smoke run's figure is marked as no result."""
+    facts = [run.row["device"], run.row["weights"], run.row["dtype"], f"torch {run.row['torch']}"]
     facts += [f"n = {n}"] if n is not None else []
     commit = run.row["git_commit"]
     facts += [f"commit {commit}{'+' if run.row['git_dirty'] else ''}"] if commit else []
-    fig.supxlabel(" · ".join(facts), fontsize=8, color="#555555", x=0.99, ha="right")
+    fig.supxlabel(" · ".join(filter(None, facts)), fontsize=8, color="#555555", x=0.99, ha="right")
     if run.smoke:
         fig.text(0.5, 0.5, "smoke run: not a result", fontsize=30, color="#D55E00", alpha=0.25,
                  ha="center", va="center", rotation=20)
@@ -40,4 +39,4 @@ def save_figure(run, fig, name, alt, n=None):
     write_atomically(run.figures / name, image.getvalue())
     plt.show()
     plt.close(fig)
-    print(f"{os.path.relpath(run.figures / name)}: {alt}")
+    print(f"{name}: {alt}")
