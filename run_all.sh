@@ -6,14 +6,17 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "run_all.sh: $1" >&2; exit 2; }
 
-# --python PY: an environment that is already there, instead of .venv
+# --python PY: an environment that is already there, instead of .venv;  test, wherever it stands: its tools, too
 python=""
+action=run
 next=""
 for word in "$@"; do
-  case "$next$word" in
-    --python=*) python=${word#--python=} ;;
-    --python) next="value of " ; continue ;;
-    "value of "*) python=$word ;;
+  case "$next $word" in
+    " --python="*) python=${word#--python=} ;;
+    " test") action=test ;;
+    " --"*=* | " --help" | " -h") ;;
+    " --"*) next=$word ; continue ;;  # its value is the next word
+    "--python "*) python=$word ;;
   esac
   next=""
 done
@@ -30,7 +33,7 @@ case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 if [ -z "$python" ]; then
   python="$here/.venv/bin/python"
   wanted=("$here/requirements.txt")
-  [ "${1:-}" = test ] && wanted+=("$here/tests/requirements.txt")
+  [ "$action" = test ] && wanted+=("$here/tests/requirements.txt")
   [ -x "$python" ] || python3 -m venv "$here/.venv"
   for list in "${wanted[@]}"; do
     stamp="$here/.venv/$(cksum < "$list" | tr ' ' -).installed"

@@ -220,7 +220,9 @@ def seed_ratio(name, column, a, b, seed, **common):
 
 
 def also(measure, **others):
-    """`measure`, and further numbers for its sentence: name=(measure, unit). Absent if any of them is."""
+    """`measure`, and further numbers for its sentence: name=(measure, unit). Absent if any of them is.
+
+    A word of another row, such as its batch, is {name_word} in the sentence."""
     def together(place):
         found, words = measure(place), []
         for name, (other, unit) in others.items():
@@ -228,6 +230,7 @@ def also(measure, **others):
             if found is None or second is None:
                 return None
             words.append((name, number(second.value, unit) + interval(second, unit)))
+            words += [(f"{name}_{word}", value) for word, value in second.words]
         return found and replace(found, words=(*found.words, *words))
     return together
 
@@ -280,9 +283,26 @@ def tokens(column, n, method):
                 method=method, budget=0.5)
 
 
+def original(design, suffix=""):
+    """Time of a design over that of Baseline in the original experiment; suffix: which convolution both use."""
+    return time_ratio("mrss_proxy_results", dict(variant=f"{design}{suffix}"), dict(variant=f"Baseline{suffix}"),
+                      experiment="original")
+
+
+def halved(at):
+    """Time of the dense encoder over that of ours at half the multiply-adds, at one of the batch sizes."""
+    return time_ratio("token_reduction_latency", dict(method="dense"), dict(method="ours"), pair=["batch"], at=at, budget=0.5)
+
+
+def decode(at):
+    """Time a token of attention over that of a Mamba-2 layer, after one of the contexts."""
+    return time_ratio("scan_decode", dict(variant="attention"), dict(variant="Mamba-2"), pair=["context"], at=at)
+
+
 FORWARD = {"pass": "forward"}
-BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.75")
-COARSE = dict(variant="SplitMRSS r=16 α=0.875")
+BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
+MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
+SPARSE = dict(variant="SparseMRSS r=32 ρ=0.125")
 
 
 def designs(kind, design=SPLIT):
@@ -303,21 +323,27 @@ def decoding(other):
 
 FINDINGS = [
     Finding("mrss", "ssm", "Is MRSS faster than its baseline?",
-            time_ratio("mrss_proxy_results", dict(variant="MRSS r=4 (stock conv)"), dict(variant="Baseline (stock conv)"),
-                       experiment="original"),
-            "As proposed (r = 4, the original's best) it is {answer}: {value}{interval} the baseline's time."),
+            also(original("MRSS r=4", " (stock conv)"), fast=(original("MRSS r=4"), "×")),
+            "As proposed (r = 4, the original's best) it is {answer}: {value}{interval} the baseline's time; with a faster "
+            "convolution in both, {fast}."),
     Finding("split", "ssm", "Does splitting the channels by rate win?",
             also(designs("forward"), training=(designs("forward+backward"), "×"),
+                 mild=(designs("forward", MILD), "×"), mild_training=(designs("forward+backward", MILD), "×"),
                  coarse=(designs("forward", COARSE), "×"), coarse_training=(designs("forward+backward", COARSE), "×")),
-            "SplitMRSS (three quarters of the channels at an eighth of the rate) is {value}{interval} as fast as the "
-            "baseline with the same fast convolution; with gradients {training}. With seven eighths at a sixteenth: "
-            "{coarse}; with gradients {coarse_training}."),
+            "SplitMRSS with seven eighths of the channels at an eighth of the rate is {value}{interval} as fast as the "
+            "baseline with the same fast convolution, {training} with gradients. Three quarters at an eighth: {mild}, "
+            "{mild_training}. Seven eighths at a sixteenth: {coarse}, {coarse_training}."),
     Finding("split_error", "ssm", "What does that cost in quality?",
             also(quality("multi-timescale")[0], control=quality("short-timescale"), digits=quality("digits"),
-                 coarse=quality("multi-timescale", COARSE), coarse_digits=quality("digits", COARSE)),
-            "Equal steps, several time scales: {value}{interval} the baseline's error; short ones only, the control: "
-            "{control}; digits read pixel by pixel: {digits}. At a sixteenth of the rate: several scales {coarse}, "
-            "digits {coarse_digits}."),
+                 mild_digits=quality("digits", MILD), coarse_digits=quality("digits", COARSE)),
+            "The error, equal steps, as a multiple of the baseline's: {value}{interval} on several time scales; {control} on "
+            "short ones, where it cannot help; {digits} on digits read pixel by pixel ({mild_digits} with three quarters of "
+            "the channels, {coarse_digits} at a sixteenth)."),
+    Finding("sparse", "ssm", "And the full rate only where it is needed?",
+            also(designs("forward", SPARSE), error=quality("multi-timescale", SPARSE), control=quality("short-timescale", SPARSE),
+                 digits=quality("digits", SPARSE)),
+            "SparseMRSS (full rate in an eighth of the blocks) is {value}{interval} as fast, but its error is {error}, {control} "
+            "and {digits} the baseline's on the same three tasks."),
     Finding("scan_library", "ssm", "Is our scan faster than the transformers library's?",
             time_ratio("scan_speed", dict(variant="SSD transformers, Q=256"), dict(variant="SSD (ours)"),
                        pair=["length"], **FORWARD),
@@ -330,23 +356,28 @@ FINDINGS = [
             "A state space of {rank} modes, enough for every kernel of {taps} taps trained for it, decodes {value}{interval} "
             "as fast as the convolution; next to exact decoding in blocks it is {blocks} as fast."),
     Finding("scan_decode", "ssm", "Does a state decode faster than a cache?",
-            time_ratio("scan_decode", dict(variant="attention"), dict(variant="Mamba-2"), pair=["context"]),
-            "After {context} tokens, a Mamba-2 layer decodes {value}{interval} as fast as an attention layer."),
+            also(decode(max), early=(decode(min), "×")),
+            "After {context} tokens, a Mamba-2 layer decodes {value}{interval} as fast as an attention layer; after "
+            "{early_context}, {early}."),
     Finding("distil_error", "ssm", "Do distilled kernels stay within one per cent?", claim("A18"),
             "{answer}: a plainly trained dense kernel with ten times fewer numbers has {value}{interval} relative output "
             "error.", "%", 0.01, ("Yes", "Undecided", "No")),
-    Finding("tokens_ours", "vlm", "What does CLIP keep at half the compute?",
+    Finding("tokens_ours", "vlm", "How many tokens can go?",
             also(tokens("top1_agreement", n="n_images", method="ours"),
-                 vtp=(tokens("top1_agreement", n="n_images", method="vtp"), "%")),
-            "Merging similar tokens our way, at {macs_share:.0%} of the multiply-adds, {value}{interval} of its zero-shot "
-            "answers stay; keeping the patches of largest norm, as the original did: {vtp}.", "%"),
+                 vtp=(tokens("top1_agreement", n="n_images", method="vtp"), "%"),
+                 kept=(cell("clip_equal_compute", "tokens_mean", n=None, method="ours", budget=0.5), ""),
+                 of=(cell("clip_equal_compute", "tokens_last", n=None, method="dense"), "")),
+            "Merging similar tokens our way, down to {kept} of {of} on average over the layers ({macs_share:.0%} of the "
+            "multiply-adds), {value}{interval} of its zero-shot answers stay; keeping the patches of largest norm, as the "
+            "original did: {vtp}.", "%"),
     Finding("tokens_tome", "vlm", "Is that better than ToMe?",
             tokens("agreement_minus_tome", n="n_images", method="ours"),
             "On the same images, at {macs_share:.0%} of the multiply-adds, it is {answer} ToMe: {value}{interval}.",
             "points", 0.0, ("worse than", "not distinguishable from", "better than")),
     Finding("tokens_time", "vlm", "Does the saving show on the clock?",
-            time_ratio("token_reduction_latency", dict(method="dense"), dict(method="ours"), pair=["batch"], budget=0.5),
-            "Batch {batch}, half the multiply-adds: {value}{interval} as fast as the whole encoder."),
+            also(halved(max), small=(halved(min), "×")),
+            "At half the multiply-adds it is {value}{interval} as fast as the whole encoder at batch {batch}, {small} at batch "
+            "{small_batch}."),
 ]
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.ticker import NullFormatter
 
 from lab.cells.figures import PALETTE, series_style
-from lab.findings import rows
+from lab.findings import BASELINE, FORWARD, original, rows, time_ratio
 
 TEXT = 24  # points
 STYLE = {"font.size": TEXT, "axes.titlesize": TEXT, "axes.labelsize": TEXT, "xtick.labelsize": TEXT, "ytick.labelsize": TEXT,
@@ -34,9 +34,10 @@ def shown(found):
 
 
 def footer(table, device):
-    """'device · dtype · torch · n · commit' of the rows that a chart shows."""
+    """'device · weights · dtype · torch · n · commit' of the rows that a chart shows."""
     row, counts = table.iloc[0], table["n_images" if "n_images" in table else "n_runs"].dropna()
-    facts = [device, row["dtype"], f"torch {row['torch']}"]
+    weights = [] if pd.isna(row.get("weights")) else [row["weights"]]
+    facts = [device, *weights, row["dtype"], f"torch {row['torch']}"]
     if len(counts):
         low, high = int(counts.min()), int(counts.max())
         facts.append(f"n = {low}" if low == high else f"n = {low} to {high}")
@@ -45,11 +46,11 @@ def footer(table, device):
     return " · ".join(facts)
 
 
-def bars(axes, labels, values, low, high, text, line=None):
+def bars(axes, labels, values, low, high, text, line=None, colours=None):
     """Horizontal bars from the top down, with intervals and the value at the end of each; line: a mark across all,
     which no value is written over."""
     y = range(len(values), 0, -1)
-    axes.barh(y, values, 0.7, color=[PALETTE[i % 8] for i in range(len(values))])
+    axes.barh(y, values, 0.7, color=colours or [PALETTE[i % 8] for i in range(len(values))])
     axes.errorbar(values, y, xerr=[[v - a for v, a in zip(values, low, strict=True)],
                                    [b - v for v, b in zip(values, high, strict=True)]], fmt="none", color="black", capsize=8)
     if line is not None:
@@ -86,26 +87,24 @@ def designs(axes, place):
 
 
 def rates(axes, place):
-    """Time of a forward pass relative to the baseline of the same convolution: MRSS as proposed, then the designs."""
+    """Time of a forward pass relative to the baseline with the same fast convolution: MRSS as proposed, then ours."""
     table = place.read("mrss_proxy_results.csv")
-    if table is None or "speedup" not in table:
+    if table is None:
         return None
-    stock = " (stock conv)"
-    mine = rows(table, {"pass": "forward", "experiment": "original"})
-    found = [(name, mine[mine["variant"] == f"{name}{stock}"]) for name in ("MRSS r=1", "MRSS r=2", "MRSS r=4", "MRSS r=8")]
-    mine = rows(table, {"pass": "forward", "experiment": "designs"})
-    mine = mine[mine["batch"] == mine["batch"].max()]
-    found += [(name.replace("MRSS r=", " r="), part) for name, part in mine.groupby("variant", sort=False)
-              if name.startswith(("Split", "Sparse"))]
-    found = [(label, part.iloc[0]) for label, part in found if len(part) and part["speedup"].notna().all()]
+    table = rows(table, FORWARD)
+    ours = [v for v in rows(table, dict(experiment="designs"))["variant"].unique() if v.startswith(("Split", "Sparse"))]
+    ratios = {f"MRSS r={r}": original(f"MRSS r={r}") for r in (1, 2, 4, 8)}
+    ratios |= {name.replace("MRSS r", " r"): time_ratio(
+        "mrss_proxy_results", dict(variant=name), BASELINE, pair=["batch"], experiment="designs", **FORWARD) for name in ours}
+    found = [(label, measured) for label, measure in ratios.items() if (measured := measure(place))]
     if not found:
         return None
-    low, high = ([1 / row[f"speedup_{end}"] for _, row in found] for end in ("high", "low"))
-    bars(axes, [label for label, _ in found], [1 / row["speedup"] for _, row in found], low, high, lambda v: f"{v:.2f}×",
-         line=1)
+    high = [measured.high for _, measured in found]
+    bars(axes, [label for label, _ in found], [measured.value for _, measured in found], [measured.low for _, measured in found],
+         high, lambda v: f"{v:.2f}×", line=1, colours=[PALETTE[1 if label.startswith("MRSS") else 2] for label, _ in found])
     axes.set(xlabel="time, × the baseline's")
     axes.set_xlim(0, max(high) * 1.2)
-    return shown(found)
+    return table[table["experiment"].isin(["original", "designs"])]
 
 
 def scan(axes, place):
@@ -163,7 +162,11 @@ def tokens(axes, place):
         return None
     for i, (label, part) in enumerate(series):
         part = part.sort_values("macs_share")
-        axes.plot(100 * part["macs_share"], 100 * part["top1_agreement"], label=label, **series_style(i))
+        spread = [100 * (part["top1_agreement"] - part["top1_agreement_low"]),
+                  100 * (part["top1_agreement_high"] - part["top1_agreement"])]
+        axes.errorbar(100 * part["macs_share"], 100 * part["top1_agreement"], yerr=spread, label=label, elinewidth=2, capsize=6,
+                      **series_style(i))
+    axes.plot(100, 100, "k*", markersize=24, label="dense", linestyle="none")
     axes.set(xlabel="multiply-adds, % of dense", ylabel="same answers, %")
     legend_beside(axes)
     return pd.concat([part for _, part in series])
@@ -189,7 +192,7 @@ def clock(axes, place):
 
 # suite, file in figures/report, title, chart, description: the README's two figures
 HEADLINES = [
-    ("ssm", "rates.png", "Time relative to the baseline", rates,
+    ("ssm", "rates.png", "MRSS is slower, splitting by rate faster", rates,
      "Time of a forward pass of MRSS and of the designs that split channels by rate, relative to the baseline with the same "
      "convolution, with 95 % intervals; left of the line is faster."),
     ("vlm", "tokens.png", "Answers that stay, over compute", tokens,

@@ -244,7 +244,10 @@ def run(options):
     for path, values in zip(notebooks, chosen, strict=True):
         print(f"\n== {path.relative_to(ROOT)} ==", flush=True)
         begin = time.monotonic()
-        status, message, where = run_one(path, values, options.mode, out)
+        try:
+            status, message, where = run_one(path, values, options.mode, out)
+        except Exception as error:  # a full disk, say: what is finished lies in the staging folder, the others still run
+            status, message, where = "failed", f"{type(error).__name__}: {error}", out / ".staging" / path.stem
         minutes = f"{(time.monotonic() - begin) / 60:.1f}"
         rows.append((path.stem, status, minutes, os.path.relpath(where)))
         if message:

@@ -1,5 +1,6 @@
 """The runner: what it refuses, and what it keeps when a notebook fails."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 import nbformat
 import pytest
 from conftest import tiny_notebook
+
+from lab import run as runner
 
 GOOD = '''run = start_run("ssm", "good", MODE, SEED, OUT, RESUME)
 check(STEPS is None or is_count(STEPS), "STEPS", STEPS, "a whole number of at least 1")
@@ -159,3 +162,29 @@ def test_two_runs_at_once_and_ctrl_c(project):
     assert "good: continuing an interrupted run" in third.stdout
     (csv,) = folder.glob("results/ssm/*/good.csv")
     assert [int(line.split(",")[0]) for line in csv.read_text().splitlines()[1:]] == list(range(120))
+
+
+def test_a_full_disk_while_filing_fails_that_notebook_alone(monkeypatch, tmp_path, capsys):
+    def file_away(path, values, mode, out):
+        if path.stem == "first":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return "ok", "", out / "results"
+
+    paths = [runner.ROOT / "ssm/first.ipynb", runner.ROOT / "ssm/second.ipynb"]
+    monkeypatch.setattr(runner, "find_notebooks", lambda only: paths)
+    monkeypatch.setattr(runner, "settings_for", lambda notebooks, settings: [{}, {}])
+    monkeypatch.setattr(runner, "run_one", file_away)
+    assert runner.run(runner.parse(["--mode", "cpu", "--out", str(tmp_path)])) == 1
+    said = capsys.readouterr()
+    assert "first failed: OSError" in said.err and "No space left" in said.err
+    table = {line.split()[0]: line.split()[1] for line in said.out.splitlines()[-2:]}
+    assert table == {"first": "failed", "second": "ok"}
+
+
+@pytest.mark.parametrize("words, tools", [("test", True), ("--mode cpu test", True), ("--only test", False), ("--mode=cpu", False)])
+def test_the_front_door_installs_the_test_tools_for_tests_only(words, tools, tmp_path):
+    """The part of run_all.sh that reads the words, with nothing installed."""
+    script = (runner.ROOT / "run_all.sh").read_text().split("starter=")[0] + 'echo "action=$action"\n'
+    (tmp_path / "door.sh").write_text(script)
+    said = subprocess.run(["bash", "door.sh", *words.split()], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert said == f"action={'test' if tools else 'run'}\n"
