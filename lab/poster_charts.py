@@ -192,7 +192,7 @@ def clock(axes, place):
 
 # suite, file in figures/report, title, chart, description: the README's two figures
 HEADLINES = [
-    ("ssm", "rates.png", "MRSS is slower, splitting by rate faster", rates,
+    ("ssm", "rates.png", "Time relative to the baseline", rates,
      "Time of a forward pass of MRSS and of the designs that split channels by rate, relative to the baseline with the same "
      "convolution, with 95 % intervals; left of the line is faster."),
     ("vlm", "tokens.png", "Answers that stay, over compute", tokens,

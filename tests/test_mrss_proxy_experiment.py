@@ -192,7 +192,16 @@ def test_flops_of_the_original_report():
     assert min(mrss(8, 8192, 512, 63, r) for r in range(1, 512)) > 1.8 * scan
 
 
-@pytest.mark.parametrize("r, share", [(8, 0.75), (16, 0.875)])
+def test_updates_are_counted():
+    sparse = ns["SparseMRSS"](16, 15, 8, 0.5)
+    sparse(torch.randn(1, 640, 16))
+    chosen = float(sparse.chosen.float().mean())
+    for model, updates in ((ns["Baseline"](16, 15), 1), (ns["MRSS"](16, 15, 4), 1.25),
+                           (ns["SplitMRSS"](16, 15, 8, 0.75), 0.25 + 0.75 / 8), (sparse, 0.25 * chosen + 0.75 / 8)):
+        assert ns["updates_per_step"](model) == pytest.approx(updates)
+
+
+@pytest.mark.parametrize("r, share", [(8, 0.75), (8, 0.875), (16, 0.875)])
 def test_budgets_match_within_five_percent(r, share):
     size = lambda model: sum(p.numel() for p in model.parameters())
     base = size(ns["Baseline"](512, 63))
@@ -206,6 +215,10 @@ def test_budgets_match_within_five_percent(r, share):
     (lambda: ns["MRSS"](8, 3, 0), "r=0"),
     (lambda: ns["MRSS"](8, 3, 1.5), "r=1.5"),
     (lambda: ns["HierarchicalMRSS"](8, 3, ()), "rates=()"),
+    (lambda: ns["HierarchicalMRSS"](8, 3, 4), "rates=4"),
+    (lambda: ns["SplitMRSS"]("8", 3, 2, 0.5), "dim='8'"),
+    (lambda: ns["SplitMRSS"](8, None, 2, 0.5), "kernel=None"),
+    (lambda: ns["SparseMRSS"](8, 3, 2, 0.5, block=0), "block=0"),
     (lambda: ns["SplitMRSS"](8, 3, 2, 1.0), "low_fraction=1.0"),
     (lambda: ns["SplitMRSS"](8, 3, 2, 0), "low_fraction=0"),
     (lambda: ns["SparseMRSS"](8, 3, 2, 0.0), "density=0.0"),
