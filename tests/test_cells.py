@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -149,11 +150,26 @@ def test_a_seed_repeats(tmp_path):
     assert draws[0] == draws[1]
 
 
-def test_a_clock_going_backwards_changes_nothing(run, monkeypatch):
+def test_a_clock_going_backwards_changes_nothing(tmp_path, monkeypatch, capsys):
+    """Every look at the clock is an hour earlier than the last: an interrupted run still continues, no time is negative."""
+    hours = iter(range(1000))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 2, tzinfo=tz) - timedelta(hours=next(hours))
+
+    monkeypatch.setattr(environment, "datetime", Clock)
     monkeypatch.setattr(time, "time", lambda: -1e6)
-    run.log("still here")
-    run.finish()
-    assert json.loads((run.results / "demo.env.json").read_text())["seconds"] >= 0
+    first = environment.start_run("ssm", "demo", "smoke", 0, tmp_path)
+    results.Table(first, "t", ["i"]).add(dict(i=0, **measure.compare({"f": lambda: time.sleep(0.001)}, rounds=2)["f"]))
+    second = environment.start_run("ssm", "demo", "smoke", 0, tmp_path)
+    assert second.row["utc_time"] < first.row["utc_time"]
+    table = results.Table(second, "t", ["i"])
+    assert table.has(i=0) and "continuing an interrupted run, 1 rows" in capsys.readouterr().out
+    assert table.save()["latency_ms_median"].iloc[0] > 0
+    second.finish()
+    assert json.loads((second.results / "demo.env.json").read_text())["seconds"] >= 0
 
 
 # tables

@@ -80,15 +80,16 @@ def test_licence_of_direct_dependency_is_permissive(package):
     assert not RESTRICTIVE.search(said), f"{package}: {said!r}"
 
 
-def test_no_known_vulnerability():
+@pytest.mark.parametrize("path", LISTS, ids=[p.parent.name for p in LISTS])
+def test_no_known_vulnerability(path):
     if not importlib.util.find_spec("pip_audit"):
         pytest.skip("pip-audit is not installed")
-    words = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--no-deps", "--disable-pip",
-             "-r", str(LISTS[0])]
+    words = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--no-deps", "--disable-pip", "-r", str(path)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=90)
     except subprocess.TimeoutExpired:
         pytest.skip("the list of vulnerabilities does not answer")
-    if re.search(r"Connection|resolve|Max retries|ServiceError|HTTPError", done.stderr):
-        pytest.skip("the list of vulnerabilities cannot be reached")
-    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"Found \d+ known vulnerabilit", done.stdout + done.stderr)
+    if done.returncode and not found:  # no network, or an index that knows no advisories
+        pytest.skip(f"no answer on vulnerabilities: {(done.stderr.strip().splitlines() or ['silent'])[-1][:150]}")
+    assert not found, done.stdout + done.stderr
