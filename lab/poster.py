@@ -149,7 +149,7 @@ def drawn_chart(report, page, suite, chart, box):
                 right, above = max(0, inside.x1 - frame.x1) + 0.1, max(0, inside.y1 - frame.y1) + 0.05
                 axes.set_position([(x + left) / WIDTH, 1 - (y + tall - below) / HEIGHT,
                                    (width - left - right) / WIDTH, (tall - below - above) / HEIGHT])
-                return poster_charts.footer(table, text.where(dict(device=place.device, weights=place.weights)))
+                return poster_charts.footer(table, place.device)
         axes.remove()
     return None
 
