@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Command line -> options."""
-    parser = Parser(prog="./run_all.sh", description="Run every notebook, or `test`: lint and all tests.")
+    parser = Parser(prog="./run_all.sh", description="Run every notebook, or `test`: lint and all tests.",
+                    allow_abbrev=False)  # run_all.sh knows whole names only
     parser.add_argument("action", nargs="?", choices=["run", "test"], default="run")
     parser.add_argument("--mode", choices=MODES, default="auto", help="sizes to run (default: by the device)")
     parser.add_argument("--only", action="append", metavar="ssm|vlm|NAME", help="a suite or notebook; repeatable")
@@ -189,14 +190,31 @@ def render(copy):
     copy.with_suffix(".html").write_text(page, encoding="utf-8")
 
 
-def move_into_place(staging, out):
-    """Move finished results and figures from staging to `out`, each file whole."""
-    for kind in ("results", "figures"):
-        for file in sorted((staging / kind).rglob("*")):
-            if file.is_file() and not file.name.startswith("."):
-                target = out / file.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+def move_into_place(staging, out, place):
+    """Move finished results and figures of one place, such as 'ssm/tesla-t4', from staging to `out`: all or none.
+
+    Other places in staging are of runs that did not finish."""
+    kept = staging / "earlier"
+    shutil.rmtree(kept, ignore_errors=True)
+    files = [file for kind in ("results", "figures") for file in sorted((staging / kind / place).rglob("*"))
+             if file.is_file() and not file.name.startswith(".")]
+    moves = [(file, out / file.relative_to(staging), kept / file.relative_to(staging)) for file in files]
+    for _, target, copy in moves:  # what needs room comes first: a full disk shows here
+        for folder in (target.parent, copy.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.copyfile(target, copy)
+    done = []
+    try:
+        for file, target, copy in moves:
+            os.replace(file, target)
+            done.append((file, target, copy))
+    except OSError:
+        for file, target, copy in reversed(done):
+            os.replace(target, file)
+            if copy.exists():
+                os.replace(copy, target)
+        raise
 
 
 def run_one(path, values, mode, out):
@@ -204,25 +222,27 @@ def run_one(path, values, mode, out):
     suite = path.parent.name
     staging = out / ".staging" / path.stem
     staging.mkdir(parents=True, exist_ok=True)
+    for old in staging.rglob(f"{path.stem}.env.json"):  # it tells where this run's results are
+        old.unlink()
     for old in (out / "results" / suite).rglob("claims.csv"):  # the notebook keeps other notebooks' rows
         seed = staging / old.relative_to(out)
         seed.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(old, seed)
     status, message = execute(path, values, mode, staging)
     copy, failed = staging / path.name, out / "results" / suite / f"{path.stem}.failed.ipynb"
-    if copy.exists():
-        tidy(copy)
     if status != "ok":
-        failed.parent.mkdir(parents=True, exist_ok=True)
-        if copy.exists():
+        try:
+            failed.parent.mkdir(parents=True, exist_ok=True)
             os.replace(copy, failed)
+        except OSError:  # no room, or no copy yet: the message that matters is the notebook's own
+            return status, message, staging
         return status, message, failed
-    facts = sorted((staging / "results").rglob(f"{path.stem}.env.json"), key=lambda p: p.stat().st_mtime)
-    where = facts[-1].parent if facts else staging / "results" / suite
+    tidy(copy)
+    where = next((p.parent for p in (staging / "results").rglob(f"{path.stem}.env.json")), staging / "results" / suite)
     where.mkdir(parents=True, exist_ok=True)
     os.replace(copy, where / path.name)
     render(where / path.name)
-    move_into_place(staging, out)
+    move_into_place(staging, out, where.relative_to(staging / "results"))
     shutil.rmtree(staging)
     failed.unlink(missing_ok=True)
     return status, "", out / where.relative_to(staging)

@@ -178,6 +178,8 @@ def test_a_crossing_may_be_missing_or_before_the_first_length(project_tables, tm
 def numbers_in(text):
     """Numbers with a decimal point, or in front of % or ×, without those of links, versions and dates."""
     text = re.sub(r"<[^>]*>|\]\([^)]*\)|torch [\w.+]+|95 % interval|\d{4}-\d\d-\d\d", " ", text)
+    # the ends of the interval of a share are per cent, too
+    text = re.sub(r"(?<= % )\([^)]*\)", lambda ends: re.sub(r"\d+\.\d+", r"\g<0> %", ends[0]), text)
     found = re.findall(r"(?<![\w.])(\d+\.\d+(?:e[+-]?\d+)?|\d+(?= ?[%×]))( ?%)?", text)
     return [(number, bool(percent)) for number, percent in found]
 

@@ -1,34 +1,87 @@
 """A run that is killed at any moment loses at most the configuration in flight."""
 
+import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
-from conftest import ROOT
+import pytest
+from conftest import ROOT, read_json
 
-SWEEP = """import sys, time; sys.path.insert(0, {root!r})
-from lab.cells import environment, results
-run = environment.start_run("ssm", "demo", "smoke", 0, sys.argv[1])
-tables = [results.Table(run, name, ["i"]) for name in ("first", "second")]
-print("ready", flush=True)
-for table in tables:
-    for i in range(60):
-        if not table.has(i=i):
-            time.sleep(0.004)
-            table.add([dict(i=i, half=h, square=i * i, raw_ms=[i, i + 0.5]) for h in (0, 1)])
-    table.save()
-run.finish()
-print("finished", flush=True)
+# A line names a folder, and optionally a day: a fork of the loaded process sweeps there. The next line waits for its end.
+SWEEP = """import os, sys, time; sys.path.insert(0, {root!r})
+from datetime import datetime, timedelta
+from lab.cells import environment, measure, results
+
+class Backwards(datetime):
+    # every look at it is an hour earlier than the last
+    looks = 0
+
+    @classmethod
+    def now(cls, tz=None):
+        cls.looks += 1
+        return datetime(2026, 1, cls.day_of_month, tzinfo=tz) - timedelta(hours=cls.looks)
+
+def sweep(folder, day=None):
+    if day:
+        Backwards.day_of_month = int(day)
+        environment.datetime = Backwards
+    run = environment.start_run("ssm", "demo", "smoke", 0, folder)
+    tables = [results.Table(run, name, ["i"]) for name in ("first", "second")]
+    print("ready", flush=True)
+    for table in tables:
+        for i in range(60):
+            if not table.has(i=i):
+                ms = measure.compare({{"case": lambda: time.sleep(0.004)}}, rounds=1, warmup=1)["case"]["raw_ms"]
+                table.add([dict(i=i, half=h, square=i * i, slept_ms=ms[0], raw_ms=[i, i + 0.5]) for h in (0, 1)])
+        table.save()
+    run.finish()
+    print("finished", flush=True)
+
+while line := sys.stdin.readline():
+    process = os.fork()
+    if not process:
+        sweep(*line.split())
+        os._exit(0)
+    print("process", process, flush=True)
+    sys.stdin.readline()
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
-CHANGES = ["run_id", "utc_time", "git_dirty", "git_commit"]
+CHANGES = ["run_id", "utc_time", "git_dirty", "git_commit", "slept_ms"]
 
 
-def start(folder):
-    words = [sys.executable, "-c", SWEEP.format(root=str(ROOT)), str(folder)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def sweeper():
+    """start(folder, *clock) begins a sweep, (process id, what it printed until ready); end() gives its status and the rest."""
+    parent = subprocess.Popen([sys.executable, "-c", SWEEP.format(root=str(ROOT))], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+
+    def until(*words):
+        said = []
+        for line in parent.stdout:
+            said.append(line)
+            if line.startswith(words):
+                return said
+        raise AssertionError("the sweeping process is gone: " + "".join(said))
+
+    def start(folder, *clock):
+        print(folder, *clock, file=parent.stdin, flush=True)
+        said = until("ready")
+        return int(next(line for line in said if line.startswith("process")).split()[1]), "".join(said)
+
+    def end():
+        print(file=parent.stdin, flush=True)
+        said = until("ended")
+        return int(said[-1].split()[1]), "".join(said)
+
+    yield start, end
+    parent.stdin.close()
+    assert parent.wait(timeout=60) == 0
 
 
 def tables(folder):
@@ -36,29 +89,56 @@ def tables(folder):
     return {p.name: pd.read_csv(p).drop(columns=CHANGES, errors="ignore") for p in found}
 
 
-def test_sigkill_at_twenty_random_moments(tmp_path):
+def assert_same_tables(expected, got):
+    assert set(expected) == set(got) == {"first.csv", "first_raw.csv", "second.csv", "second_raw.csv"}
+    for name in expected:
+        pd.testing.assert_frame_equal(expected[name], got[name])
+
+
+def test_sigkill_at_twenty_random_moments(sweeper, tmp_path):
+    start, end = sweeper
     undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
-    assert "finished" in start(undisturbed).communicate(timeout=120)[0]
+    start(undisturbed)
+    begin = time.monotonic()
+    assert "finished" in end()[1]
+    seconds = time.monotonic() - begin
     (csv,) = undisturbed.rglob("first.csv")
     earlier = disturbed / csv.relative_to(undisturbed)
     earlier.parent.mkdir(parents=True)
     earlier.write_text("an earlier result\n")
-    moments = random.Random(0)
-    for kill in range(20):
-        process = start(disturbed)
-        for line in process.stdout:
-            if line == "ready\n":
-                break
-        time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert "finished" not in process.communicate()[0], f"kill {kill} came too late to be one"
+    moments, kills, continued = random.Random(0), 0, 0
+    while kills < 20:
+        process, said = start(disturbed)
+        continued += "continuing an interrupted run" in said
+        time.sleep(moments.uniform(0, seconds / 8))
+        os.kill(process, signal.SIGKILL)
+        kills += end()[0] == -signal.SIGKILL  # a run that was over first is none; the next one begins anew
         assert earlier.read_text() == "an earlier result\n" or len(pd.read_csv(earlier)) == 120
-    out = start(disturbed).communicate(timeout=120)[0]
-    assert "finished" in out and "continuing an interrupted run" in out
-    expected, got = tables(undisturbed), tables(disturbed)
-    assert set(expected) == set(got)
-    for name in expected:
-        pd.testing.assert_frame_equal(expected[name], got[name])
+    start(disturbed)
+    assert "finished" in end()[1] and continued >= 10
+    assert_same_tables(tables(undisturbed), tables(disturbed))
+
+
+def test_a_clock_that_runs_backwards_loses_nothing(sweeper, tmp_path):
+    """It shows ever earlier hours, and after the kill it is a day earlier still: the run continues all the same."""
+    start, end = sweeper
+    undisturbed, backwards = tmp_path / "a", tmp_path / "b"
+    start(undisturbed)
+    assert "finished" in end()[1]
+    process, _ = start(backwards, 20)
+    (journal,) = backwards.rglob(".demo.first.journal")
+    while journal.read_bytes().count(b"\n") < 5:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    assert end()[0] == -signal.SIGKILL
+    _, said = start(backwards, 19)
+    assert "continuing an interrupted run" in said and "finished" in end()[1]
+    assert_same_tables(tables(undisturbed), tables(backwards))
+    (csv,), (facts,) = backwards.rglob("first.csv"), backwards.rglob("demo.env.json")
+    frame, facts = pd.read_csv(csv), read_json(facts)
+    assert frame["utc_time"].is_monotonic_decreasing and frame["utc_time"].nunique() == 2, "rows of both runs"
+    assert facts["finished_utc"] < facts["utc_time"] and 0 < facts["seconds"] < 60
+    assert frame["slept_ms"].between(4, 1000).all(), "durations come from another clock"
 
 
 FULL = """import resource, signal, sys; sys.path.insert(0, {root!r})
@@ -90,23 +170,42 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path):
     assert pd.read_csv(csv)["i"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-READ_ONLY = """import os, sys; sys.path.insert(0, {root!r})
+# root may write everywhere: it becomes nobody, once all is imported (nobody may not look into every checkout)
+NOBODY = """import os, sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from lab import run as runner
 from lab.cells import environment, results
+runner.check_environment = lambda options: None  # it starts Python, which nobody may not find
 if os.geteuid() == 0:
-    os.setuid(65534)  # root may write everywhere; nobody may not
-environment.start_run("ssm", "demo", "smoke", 0, sys.argv[1])
+    os.setuid(65534)
+out = Path(sys.argv[1])
+print(next(out.rglob("earlier.csv")).read_text(), end="", flush=True)
+if sys.argv[2] == "notebook":
+    environment.start_run("ssm", "demo", "smoke", 0, out)
+elif sys.argv[2] == "table":
+    results.write_csv(next(out.rglob("earlier.csv")), results.pd.DataFrame(dict(i=[1])))
+else:
+    sys.exit(runner.main(["--mode", "smoke", "--out", str(out)]))
 """
 
 
-def test_read_only_results_folder_is_named(tmp_path):
-    earlier = tmp_path / "results/ssm/earlier.csv"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_text("an earlier result\n")
-    for folder in (earlier.parent, earlier.parent.parent, tmp_path):
-        folder.chmod(0o555)
-    words = [sys.executable, "-c", READ_ONLY.format(root=str(ROOT)), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    for folder in (tmp_path, earlier.parent.parent, earlier.parent):
-        folder.chmod(0o755)
-    assert done.returncode != 0 and "PermissionError" in done.stderr and str(tmp_path) in done.stderr
-    assert earlier.read_text() == "an earlier result\n"
+@pytest.mark.parametrize("who, status, said", [
+    ("notebook", 1, "PermissionError: [Errno 13] Permission denied: '{out}/results/ssm/"),
+    ("table", 1, "PermissionError: [Errno 13] Permission denied: '{out}/results/ssm/.earlier.csv"),
+    ("runner", 2, "run_all.sh: --out: cannot write to {out}: Permission denied")])
+def test_a_read_only_results_folder_is_named(who, status, said):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others: that would be another error
+        out = Path(folder).resolve()
+        earlier = out / "results/ssm/earlier.csv"
+        earlier.parent.mkdir(parents=True)
+        earlier.write_text("an earlier result\n")
+        read_only = [earlier.parent, earlier.parent.parent, out]
+        for path in read_only:
+            path.chmod(0o555)
+        words = [sys.executable, "-c", NOBODY.format(root=str(ROOT)), str(out), who]
+        done = subprocess.run(words, capture_output=True, text=True)
+        for path in reversed(read_only):
+            path.chmod(0o755)
+        assert done.stdout == "an earlier result\n", "it may read"
+        assert done.returncode == status and done.stderr.splitlines()[-1].startswith(said.format(out=out)), done.stderr
+        assert [p for p in out.rglob("*") if p.is_file()] == [earlier] and earlier.read_text() == "an earlier result\n"
