@@ -64,7 +64,7 @@ def write_place(root, suite, name, mode=None):
         row |= dict(verdict=verdict, reason=f"because of row {i}", notebook=notebook,
                     **{k: base[k] for k in ("device", "weights", "mode", "git_commit", "utc_time", "run_id")})
         if verdict != VERDICT[2]:
-            row |= dict(measured=1.2345 + i, low=1.1 + i, high=1.3 + i, n=25, source=f"demo_speed.csv: variant=slow, i={i}")
+            row |= dict(measured=1.2345 + i, low=1.1 + i, high=1.3 + i, n=25, source="demo_speed.csv: variant=slow, length=64")
     write_csv(folder / "claims.csv", pd.DataFrame(mine))
     for figure in ("overview.png", "detail.png"):
         write_figure(root / "figures" / suite / name / figure, f"An invented {figure[:-4]} of {suite} on {device}")

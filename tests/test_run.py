@@ -35,6 +35,7 @@ raise RuntimeError("on purpose")'''
 @pytest.mark.parametrize("words, said", [
     (["--mode", "fast"], "--mode"),
     (["--colour"], "--colour"),
+    (["--onl=ssm"], "--onl=ssm"),
     (["--only", "nothing"], "--only nothing: no such notebook; there are: ssm, vlm, good"),
     (["--set", "STEPZ=3"], "--set STEPZ=3: no such parameter; there are: LABEL, RATE, RESUME, SEED, STEPS"),
     (["--set", "STEPS=three"], "--set STEPS=three: not a value of type None or int"),

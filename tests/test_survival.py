@@ -46,7 +46,11 @@ def sweep(folder, day=None):
 while line := sys.stdin.readline():
     process = os.fork()
     if not process:
-        sweep(*line.split())
+        try:
+            sweep(*line.split())
+        except BaseException as error:
+            print("broken:", repr(error), flush=True)
+            os._exit(1)
         os._exit(0)
     print("process", process, flush=True)
     sys.stdin.readline()
@@ -65,6 +69,7 @@ def sweeper():
         said = []
         for line in parent.stdout:
             said.append(line)
+            assert not line.startswith("broken"), "".join(said)
             if line.startswith(words):
                 return said
         raise AssertionError("the sweeping process is gone: " + "".join(said))
@@ -192,7 +197,7 @@ else:
 @pytest.mark.parametrize("who, status, said", [
     ("notebook", 1, "PermissionError: [Errno 13] Permission denied: '{out}/results/ssm/"),
     ("table", 1, "PermissionError: [Errno 13] Permission denied: '{out}/results/ssm/.earlier.csv"),
-    ("runner", 2, "run_all.sh: --out: cannot write to {out}: Permission denied")])
+    ("runner", 2, "run_all.sh: --out: cannot write to {out}: Permission denied")], ids=["notebook", "table", "runner"])
 def test_a_read_only_results_folder_is_named(who, status, said):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others: that would be another error
         out = Path(folder).resolve()
