@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 NOISY = 0.3  # a case whose 20th and 80th percentile lie further apart, as a share of its median, is noisy
 
+
 def synchronize(device):
     """Wait until the device has finished what was queued."""
     if device.type == "cuda":
