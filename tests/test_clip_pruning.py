@@ -164,9 +164,17 @@ def test_unreachable_budget_and_unknown_name_are_refused(nb, clip):
         nb["reducer_for_budget"]("prumerge", 0.05, clip)
     with pytest.raises(ValueError, match="allowed: vtp"):
         nb["reducer_for_budget"]("tomee", 0.5, clip)
-    for budget in (0, -1, 1.5):
+    for budget in (0, -1, 1.5, "half", True, None, float("nan")):
         with pytest.raises(ValueError, match="budget"):
             nb["reducer_for_budget"]("vtp", budget, clip)
+
+
+@pytest.mark.parametrize("name, strength, options", [
+    ("tome", float("inf"), {}), ("tome", True, {}), ("tome", -1, {}), ("tome", "8", {}), ("ours", float("nan"), {}),
+    ("cls_drop", 0.5, {"rest": "x"}), ("vtp", 0.5, {"rest": "x"}), ("cls_merge", "half", {})])
+def test_wrong_strengths_and_options_are_refused_with_what_is_allowed(nb, name, strength, options):
+    with pytest.raises(ValueError, match="is not allowed; allowed: "):
+        nb["REDUCERS"][name](strength, **options)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from lab.cells.environment import check
 from lab.cells.reducers import (
     Reducer,
     append,
@@ -23,6 +24,7 @@ class AttentionPruning(Reducer):
     token, the mean of the dropped weighted by attention); 'merge' (each joins its most similar kept token)."""
 
     def __init__(self, keep, layers=None, rest="drop", cls_only_last=False):
+        check(rest in ("drop", "fuse", "merge"), "rest", rest, "drop, fuse, merge")
         self.keep, self.layers, self.rest = check_keep(keep), layers, rest
         self.cls_only_last = cls_only_last
 

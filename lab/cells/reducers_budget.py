@@ -39,7 +39,8 @@ def reducer_for_budget(name, budget, model, image_size=None, cls_only_last=None,
     as the method has it. options go to the factory. The search bisects the strength, counting
     a blank image each time: about a dozen forward passes. ValueError if the budget cannot be reached."""
     kind = reducer_kind(name)
-    check(0 < budget <= 1, "budget", budget, "a share above 0 and at most 1")
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    check(number and 0 < budget <= 1, "budget", budget, "a share above 0 and at most 1")
     dense = trace_encoder(model, image_size=image_size)
     limit, patches = budget * dense.macs, dense.x.shape[1]
     make = partial(REDUCERS[name], **options)

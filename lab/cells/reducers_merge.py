@@ -36,7 +36,8 @@ class MergeSimilar(Reducer):
     kind = "merge"
 
     def __init__(self, r, cls_only_last=False, size_bias=1.0):
-        check(isinstance(r, (int, float)) and r >= 0, "r", r, "a number of at least 0")
+        number = isinstance(r, (int, float)) and not isinstance(r, bool)
+        check(number and 0 <= r < float("inf"), "r", r, "a finite number of at least 0")
         self.r, self.cls_only_last, self.size_bias = r, cls_only_last, size_bias
 
     def merges(self, tokens):
