@@ -246,12 +246,12 @@ def crossing(name, **where):
         first, last = (number(row[c]) for c in ("from_length", "to_length"))
         if pd.isna(row["crossover_length"]):
             told = f"not faster at any length up to {last} tokens"
-            return Measured(row["to_length"], source=source, words=(("crossing", told),))
-        found = Measured(row["crossover_length"], row["low"], row["high"], source=source)
+            return Measured(row["to_length"], n=row.get("n_runs"), source=source, words=(("crossing", told),))
+        found = Measured(row["crossover_length"], row["low"], row["high"], row.get("n_runs"), source)
         at_once = row["crossover_length"] <= row["from_length"]
         told = f"faster at every length from {first} tokens, the shortest measured" if at_once else \
             f"faster from {number(found.value)} tokens on{interval(found)}"
-        return Measured(found.value, found.low, found.high, None, source, (("crossing", told),))
+        return Measured(found.value, found.low, found.high, found.n, source, (("crossing", told),))
     return measure
 
 

@@ -117,6 +117,9 @@ def write_project_tables(root):
     timed(place, "kernel_distillation_latency", base,
           [dict(phase="decode", kernel="per channel", method=m, rank=r, tokens=t, taps=8192, us_per_token=1e3 * ms / t, ms=ms)
            for m, r, t, ms in forms])
+    errors = [dict(task="mixing", kind="free", method="svd", seed=s, rank=r, saving=20 / r, output_error=0.05 / r + s / 1000)
+              for s in (1, 2, 3) for r in (1, 2, 4)]
+    write_csv(place / "kernel_distillation_quality.csv", pd.DataFrame(errors))
     orders = [dict(task="long", kind="projected", method="hankel", reached=True, modes=m) for m in (3, 9)]
     write_csv(place / "kernel_distillation_orders.csv", pd.DataFrame(orders))
     place = root / "results/vlm/cpu-intel-xeon-2t/clip-tiny"

@@ -199,7 +199,7 @@ def test_poles_are_stable_and_never_silently_so(nb):
     (dict(rank=1, unstable="ignore"), "unstable='ignore'"), (dict(rank=1, method="tucker"), "tucker"),
     (dict(rank=1, kernel=torch.full((10, 2), float("nan"))), "20 values that are NaN"),
     (dict(rank=1, kernel=torch.zeros(10, 2)), "all zero"), (dict(rank=1, kernel=torch.ones(10)), "kernel shape"),
-    (dict(rank=1, kernel=torch.ones(3, 2)), "kernel shape"),
+    (dict(rank=1, kernel=torch.ones(3, 2)), "kernel shape"), (dict(rank=1, kernel=[[1.0]]), "kernel='list'.*torch.Tensor"),
     (dict(rank=1, kernel=torch.ones(10, 2, dtype=torch.long)), "kernel dtype"),
     (dict(rank=1, kernel=torch.ones(10, 2, dtype=torch.cfloat)), "kernel dtype"),
 ])

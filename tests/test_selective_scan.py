@@ -321,6 +321,10 @@ def test_peak_memory_is_linear_in_length(ns):
     (lambda ns: ns["causal_pool"](torch.ones(1, 4, 2), 0), "rate"),
     (lambda ns: ns["MultiRateBlock"](16, 4, 8, 8, 4), "slow_heads"),
     (lambda ns: ns["Mamba2Block"](16, 4, groups=3), "groups"),
+    (lambda ns: ns["Mamba2Block"](16, 0), "heads=0"),
+    (lambda ns: ns["Mamba2Block"](16, 4, rate=0), "rate=0"),
+    (lambda ns: ns["s6"](*ns["random_s6"](5), torch.zeros(2, 6, 5)), r"state.shape=\(2, 6, 5\).*\(2, 5, 6\)"),
+    (lambda ns: ns["ssd"](*ns["random_ssd"](5), torch.zeros(2, 4, 6, 5)), r"state.shape.*\(2, 2, 6, 2, 5\)"),
     (lambda ns: ns["DynamicBlock"](16, None, 1.5), "target"),
     (lambda ns: ns["DynamicBlock"](16, None, 0.5, "random"), "choose"),
 ])
