@@ -251,7 +251,7 @@ def crossing(name, **where):
         at_once = row["crossover_length"] <= row["from_length"]
         told = f"faster at every length from {first} tokens, the shortest measured" if at_once else \
             f"faster from {number(found.value)} tokens on{interval(found)}"
-        return Measured(found.value, found.low, found.high, found.n, source, (("crossing", told),))
+        return replace(found, words=(("crossing", told),))
     return measure
 
 
