@@ -110,6 +110,8 @@ def write_project_tables(root):
                                       for name, unit in variants.items() for t in (128, 256, 512, 1024)])
     cross = dict(variant="SSD (ours)", crossover_length=512.0, low=500.0, high=530.0, from_length=128, to_length=1024)
     write_csv(place / "scan_crossover.csv", pd.DataFrame([cross | {"pass": "forward"}]))
+    timed(place, "scan_layers", base, [dict(length=t, variant=name, ms=ms) for t in (256, 1024)
+                                       for name, ms in (("attention", t / 64), ("Mamba-2 transformers", 80), ("Mamba-2 (ours)", 8))])
     timed(place, "scan_decode", base, [dict(context=t, variant=name, ms=ms) for t in (256, 1024)
                                        for name, ms in (("attention", t / 64), ("Mamba-2", 2), ("Mamba", 3))])
     forms = [("explicit", 0, 1, 200.0), ("explicit, bmm", 0, 1, 100.0), ("blocked", 64, 64, 640.0), ("hankel", 4, 1, 1.0),
