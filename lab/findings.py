@@ -77,7 +77,7 @@ def number(value, unit=""):
     value = float(value)
     size = abs(value)
     if unit in ("%", "points"):
-        text = f"{100 * value:{'+' if unit == 'points' else ''}.1f}"
+        text = f"{100 * value:{'+' if unit == 'points' else ''}.{2 if 0 < size < 0.005 else 1}f}"
     elif size >= 1e6:
         text = f"{value:.2e}"
     elif size >= 100 or value == int(value):

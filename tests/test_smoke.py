@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 
 from lab import sync_cells
 
@@ -54,6 +55,28 @@ def test_alone_in_an_empty_folder_and_the_same_twice(path, tmp_path):
     check_outputs(path.stem, tmp_path / "first" / ".scratch", notebook)
     run_alone(path, tmp_path / "second")
     same_numbers(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.smoke
+def test_editing_a_design_and_running_the_cells_below(tmp_path):
+    """A researcher changes SplitMRSS after a run, and runs that cell and all below it: new rows, no old measurement."""
+    notebook = nbformat.read(ROOT / "ssm/mrss_proxy_experiment.ipynb", as_version=4)
+    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    parameters.source += '\nMODE, CONV_FORM = "smoke", "channels_last"'
+    place = next(i for i, c in enumerate(notebook.cells) if "class SplitMRSS" in c.source)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path))))
+    sizes = []
+    with client.setup_kernel():
+        for begin in (0, place):
+            for i, cell in list(enumerate(notebook.cells))[begin:]:
+                client.execute_cell(cell, i)
+            table = pd.read_csv(next(tmp_path.rglob("mrss_proxy_results.csv"))).query("experiment == 'designs'")
+            sizes.append(table.groupby("variant")["params"].max())
+            old = "round(kernel / 4)"
+            assert begin or old in notebook.cells[place].source
+            notebook.cells[place].source = notebook.cells[place].source.replace(old, "round(kernel / 2)")
+    changed = sizes[1] > sizes[0]
+    assert set(changed[changed].index) == {n for n in changed.index if n.startswith("SplitMRSS")}
 
 
 def check_outputs(name, root, notebook):
