@@ -103,7 +103,7 @@ def rates(axes, place):
     bars(axes, [label for label, _ in found], [measured.value for _, measured in found], [measured.low for _, measured in found],
          high, lambda v: f"{v:.2f}×", line=1, colours=[PALETTE[1 if label.startswith("MRSS") else 2] for label, _ in found])
     axes.set(xlabel="time, × the baseline's")
-    axes.set_xlim(0, max(high) * 1.2)
+    axes.set_xlim(0, max(high) * 1.25)
     return table[table["experiment"].isin(["original", "designs"])]
 
 
