@@ -148,8 +148,9 @@ def test_two_runs_at_once_and_ctrl_c(project):
     tiny_notebook(folder / "ssm/good.ipynb", slow)
     run("--help")  # fills the shared cells
     words = ["bash", "run_all.sh", "--python", sys.executable, "--mode", "cpu", "--set", "STEPS=120"]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore Ctrl-C, and hand that on
     first = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             start_new_session=True)
+                             start_new_session=True, preexec_fn=heed)
     deadline = time.monotonic() + 120
     for line in first.stdout:
         if "step 3" in line or time.monotonic() > deadline:

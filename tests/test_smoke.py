@@ -18,7 +18,7 @@ from lab import sync_cells
 # what differs between two runs of the same code: times, memory, what follows from them, and when it ran
 CHANGES = re.compile(
     r"latency|_ms|_us|us_per|ms_|throughput|speedup|^noisy$|slope|crossover|seconds|train_s|peak_mem|mib|memory|limit|"
-    r"faster|crossing|misfit|run_id|utc_time|git_|^(low|high|measured|verdict|reason|n_runs|error_ms)$")
+    r"faster|crossing|misfit|run_id|utc_time|git_|^(low|high|measured|verdict|reason|source|n_runs|error_ms)$")
 TABLES = {  # of each notebook: tables with their number of rows (None: at least one), and the claims it judges
     "mrss_proxy_experiment": (dict(mrss_conv_forms=None, mrss_proxy_results=None, mrss_quality=None), "A", range(1, 14)),
     "selective_scan": (dict(scan_speed=None, scan_speedups=None, scan_quality=None, scan_decode=None), "A", range(14, 17)),
