@@ -71,7 +71,7 @@ class Finding:
 
 
 def number(value, unit=""):
-    """A number as readers see it: three significant digits, a share as per cent. '' if there is none."""
+    """A number as readers see it: three significant digits, a share as per cent (two decimals below half a per cent). '' if there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     value = float(value)
