@@ -1,0 +1,74 @@
+"""One family of figures: colour-blind-safe, marked as well as coloured, each saying where it comes from."""
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+LINES = ["-", "--", "-.", ":"]
+STYLE = {
+    "figure.figsize": (8, 4.5), "figure.dpi": 100, "font.size": 11, "axes.titlesize": 12,
+    "lines.linewidth": 2,
+    "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.constrained_layout.use": True, "legend.frameon": False, "axes.axisbelow": True,
+}
+
+
+def series_style(i):
+    """Colour, marker and line style of series number i: told apart without colour, too."""
+    return dict(color=PALETTE[i % 8], marker=MARKERS[i % 8], linestyle=LINES[i // 2 % 4])
+
+
+def power_ticks(axis, values):
+    """Make an axis (ax.xaxis or ax.yaxis) logarithmic to base 2 with plain labels at `values` only."""
+    values = sorted(set(values))
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log", base=2)
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)
+
+
+def interval_bars(table, column):
+    """(2, rows): distances from a column to its _low and _high, as errorbar's xerr or yerr wants them."""
+    return [(table[column] - table[f"{column}_low"]).clip(lower=0), (table[f"{column}_high"] - table[column]).clip(lower=0)]
+
+
+def save_figure(run, fig, name, alt, n=None, photo=False):
+    """Write `<figures>/<name>.png` and show it; `alt` describes it for who cannot see it.
+
+    n: 'n of what', such as '20 rounds'. photo: a picture of photographs goes to `<name>.jpg` instead. The footer
+    names device, weights, dtype, torch, n and commit; a smoke run's figure is marked as no result."""
+    facts = [run.row["device"], run.row["weights"], run.row["dtype"], f"torch {run.row['torch']}"]
+    facts += [f"n = {n}"] if n is not None else []
+    commit = run.row["git_commit"]
+    facts += [f"commit {commit}{'+' if run.row['git_dirty'] else ''}"] if commit else []
+    fig.supxlabel(" · ".join(filter(None, facts)), fontsize=8, color="#555555", x=0.99, ha="right")
+    if run.smoke:
+        fig.text(0.5, 0.5, "smoke run: not a result", fontsize=30, color="#D55E00", alpha=0.25,
+                 ha="center", va="center", rotation=20)
+    from effarch.bench.run import write_atomically
+
+    write_atomically(run.figures / f"{Path(name).stem}.{'jpg' if photo else 'png'}", encode(fig, alt, photo))
+    plt.show()
+    plt.close(fig)
+    print(f"{name}: {alt}")
+
+
+def encode(fig, alt, photo=False, dpi=130):
+    """A figure as bytes with its description: PNG with a palette of 256 colours, JPEG for photographs."""
+    raw, out = io.BytesIO(), io.BytesIO()
+    fig.savefig(raw, format="png", dpi=dpi)
+    image = Image.open(raw).convert("RGB")
+    if photo:
+        exif = Image.Exif()
+        exif[0x010E] = alt  # ImageDescription
+        image.save(out, format="JPEG", quality=82, optimize=True, exif=exif)
+    else:
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        info.add_itxt("Description", alt)
+        image.quantize(256, dither=Image.Dither.NONE).save(out, format="PNG", optimize=True, pnginfo=info)
+    return out.getvalue()

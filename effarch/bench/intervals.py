@@ -1,0 +1,157 @@
+"""How certain a number is, and the ONE rule of inference: cells, claims and README all use what is here.
+
+Every estimate is (value, low, high) with a 95 % interval. `decide` compares the interval with a limit; if it holds both
+answers, or if there is no interval, the word is "undecided"."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+UNKNOWN = float("nan")
+FEW = 8  # below so many values a bootstrap is too narrow: Student's t for times and seeds, no interval for images
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval; NaN ends where it is not known."""
+
+    value: float
+    low: float = UNKNOWN
+    high: float = UNKNOWN
+
+    def inverse(self):
+        """The Estimate of 1 / value, as of a speed-up from a ratio of times."""
+        return Estimate(1 / self.value, 1 / self.high, 1 / self.low)
+
+
+def decide(estimate, above=None, below=None, between=None):
+    """True, False or None (undecided): does the whole interval lie above / below a limit, or between two?
+
+    estimate: an Estimate, or a plain number that is exact (a count, a formula). NaN anywhere: undecided."""
+    exact = not isinstance(estimate, tuple)
+    value, low, high = (estimate,) * 3 if exact else estimate
+    if any(v is None or math.isnan(v) for v in (value, low, high)):
+        return None
+    least, most = between if between is not None else (above, below)
+    inside = (least is None or low > least) and (most is None or high < most)
+    outside = (least is not None and high <= least) or (most is not None and low >= most)
+    return True if inside else False if outside else None
+
+
+def t_factor(n):
+    """Student's 97.5 % quantile for the mean of n values."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, n - 1))
+
+
+def t_interval(values):
+    """Estimate of a mean of independent, roughly normal values (trainings, say) by Student's t; n = 1: no interval."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return Estimate(float(values.mean()) if len(values) else UNKNOWN)
+    half = t_factor(len(values)) * values.std(ddof=1) / len(values) ** 0.5
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+
+
+def by_process(raw):
+    """Raw times as a list of arrays, one per process; flat times are of one process."""
+    nested = len(raw) and isinstance(raw[0], (list, tuple, np.ndarray))
+    return [np.asarray(part, float) for part in (raw if nested else [raw]) if len(part)]
+
+
+def ratio_interval(raw_a, raw_b, draws=2000):
+    """Estimate of median(a) / median(b) from interleaved rounds: round i of a is paired with round i of b.
+
+    raw_a, raw_b: times of one process, or a list of such lists, one per process. One process: a bootstrap over rounds;
+    with fewer than eight, where that is too narrow, Student's t on the log ratios. Several: the ratio is the geometric
+    mean of the processes' ratios; processes are redrawn first, then rounds within, since machines differ
+    between runs by more than rounds do. Without times: three NaN. ValueError if they cannot be paired."""
+    a, b = by_process(raw_a), by_process(raw_b)
+    if [len(part) for part in a] != [len(part) for part in b]:
+        raise ValueError(f"raw times of {[len(p) for p in a]} and {[len(p) for p in b]} rounds cannot be paired")
+    if not a:
+        return Estimate(UNKNOWN)
+    random = np.random.default_rng(0)
+    logs = np.array([math.log(np.median(x) / np.median(y)) for x, y in zip(a, b, strict=True)])
+    ratio = math.exp(logs.mean())
+    if len(a) == 1 and len(a[0]) < FEW:
+        if len(a[0]) < 2:
+            return Estimate(ratio)
+        middle, low, high = t_interval(np.log(a[0] / b[0]))
+        return Estimate(ratio, min(math.exp(low), ratio), max(math.exp(high), ratio))
+    redrawn = np.stack([_redrawn_logs(x, y, draws, random) for x, y in zip(a, b, strict=True)])  # (processes, draws)
+    if len(a) > 1:
+        # k processes redrawn from k spread too little by sqrt((k - 1) / k)
+        pick = random.integers(0, len(a), (len(a), draws))
+        between = (logs[pick].mean(0) - logs.mean()) * (len(a) / (len(a) - 1)) ** 0.5
+        within = (redrawn - logs[:, None]).mean(0)
+        redrawn = (logs.mean() + between + within)[None]
+    low, high = np.exp(np.percentile(redrawn[0], [2.5, 97.5]))
+    return Estimate(ratio, float(min(low, ratio)), float(max(high, ratio)))
+
+
+def _redrawn_logs(a, b, draws, random):
+    """(draws,) log ratios of medians over redrawn rounds."""
+    pick = random.integers(0, len(a), (draws, len(a)))
+    return np.log(np.median(a[pick], axis=1) / np.median(b[pick], axis=1))
+
+
+def wilson(hits, n, z=1.96):
+    """Estimate of a share by Wilson's interval (JASA 22, 1927) of hits / n; n = 0: three NaN."""
+    if not n:
+        return Estimate(UNKNOWN)
+    share, middle = hits / n, (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * (n * share * (1 - share) + z * z / 4) ** 0.5
+    return Estimate(float(share), float(middle - half), float(middle + half))
+
+
+def bootstrap_mean(values, draws=2000):
+    """Estimate of a mean over images by bootstrap; for a paired comparison pass the differences.
+
+    Fewer than eight values have no interval: two images that agree prove nothing."""
+    values = np.asarray(values, float)
+    if len(values) < FEW:
+        return Estimate(float(values.mean()) if len(values) else UNKNOWN)
+    pick = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[pick].mean(1), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def seed_ratio(a, b):
+    """Estimate of error(a) / error(b) over trainings paired by seed: geometric mean, Student's t on the logs.
+
+    NaN without two pairs, or where an error is not above 0."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    good = np.isfinite(a) & np.isfinite(b)
+    a, b = a[good], b[good]
+    if not len(a) or (a <= 0).any() or (b <= 0).any():
+        return Estimate(UNKNOWN)
+    return Estimate(*(math.exp(v) for v in t_interval(np.log(a / b))))
+
+
+def count_ratio(wrong_a, n_a, wrong_b, n_b):
+    """Estimate of a ratio of two error shares from pooled counts: Katz's interval of the log ratio (Biometrics 34, 1978),
+    half an error added to each so that zero errors have one, too."""
+    shares = (wrong_a + 0.5) / (n_a + 0.5), (wrong_b + 0.5) / (n_b + 0.5)
+    half = 1.96 * (1 / (wrong_a + 0.5) - 1 / (n_a + 0.5) + 1 / (wrong_b + 0.5) - 1 / (n_b + 0.5)) ** 0.5
+    ratio = shares[0] / shares[1]
+    return Estimate(ratio, ratio * math.exp(-half), ratio * math.exp(half))
+
+
+def fit_loglog(x, y):
+    """Estimate of the slope of log y over log x (Student's t); fewer than three points: no interval."""
+    from scipy import stats
+
+    if len(x) < 2:
+        return Estimate(UNKNOWN)
+    fit = stats.linregress(np.log(x), np.log(y))
+    if len(x) < 3:
+        return Estimate(float(fit.slope))
+    half = stats.t.ppf(0.975, len(x) - 2) * fit.stderr
+    return Estimate(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
+
+
+def with_interval(name, estimate):
+    """{name: …, name_low: …, name_high: …}, for a row of a table."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))

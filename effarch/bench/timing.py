@@ -1,0 +1,190 @@
+"""Time, memory and FLOPs of callables, compared fairly: one process, same input, interleaved rounds."""
+
+import time
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from effarch.bench.intervals import ratio_interval
+from effarch.checks import check, is_count
+
+WIDTH = 0.05  # a ratio is known well enough when its 95 % interval is within ± this share of it
+LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+
+
+def synchronize(device):
+    """Wait until the device has finished what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_once(fn, device):
+    """Milliseconds of one call: CUDA events on a GPU, perf_counter on a CPU."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop)
+    begin = time.perf_counter()
+    fn()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def finite(out):
+    """False if a floating-point tensor in `out` (a tensor, or tuples, lists and dicts of them) is not finite."""
+    if isinstance(out, torch.Tensor):
+        return not out.is_floating_point() or bool(out.isfinite().all())
+    parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
+    return all(map(finite, parts))
+
+
+def status_of(error):
+    """'oom' or 'error: …' for an exception that a measured callable raised."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    short = "alloc" in lines[0] and "memory" in lines[0]  # the CPU allocator raises a plain RuntimeError
+    oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or short
+    return "oom" if oom else f"error: {lines[0][:120]}"
+
+
+def attempt(fn, device):
+    """Run once. 'ok', 'oom', 'nan' (a non-finite output) or 'error: …': a fault is a row, not a crash."""
+    try:
+        out = fn()
+        synchronize(device)
+        return "ok" if finite(out) else "nan"
+    except Exception as error:
+        return status_of(error)
+
+
+def checkpoints(least, most):
+    """Numbers of rounds after which the widths are looked at: least, then 1.3 times as many each time, most."""
+    at = least
+    while at < most:
+        yield at
+        at = max(at + 1, int(at * 1.3))
+    yield most
+
+
+def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=None, width=WIDTH, clock=time.perf_counter):
+    """Time several callables against each other, until their ratios are known or the time is used.
+
+    cases: {name: callable without arguments}. Every case is warmed up, then each round calls all of them once, in a new
+    random order, so that slow drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops
+    when the 95 % interval of every case's time over that of `against` (default: the first case) is within ±`width`, or
+    when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than `seconds`). The rule
+    looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
+
+    Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
+    interval was still wider when the time was used). A failed case keeps its `status` and has no times."""
+    check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
+    device = device or torch.device("cpu")
+    begin = clock()
+    rows = {}
+    for name, fn in cases.items():
+        status = "ok"
+        for _ in range(max(warmup, 1)):
+            status = attempt(fn, device) if status == "ok" else status
+        rows[name] = dict(status=status, raw_ms=[])
+        if status == "oom" and device.type == "cuda":
+            torch.cuda.empty_cache()
+    shuffle = np.random.default_rng(0)  # of its own: the notebook's generators are not touched
+    done, wide = 0, []
+    looks = set(checkpoints(LEAST_ROUNDS, MOST_ROUNDS))
+    begin_rounds = clock()
+    while done < (rounds or MOST_ROUNDS):
+        good = [name for name in cases if rows[name]["status"] == "ok"]
+        for i in shuffle.permutation(len(good)):
+            try:
+                rows[good[i]]["raw_ms"].append(time_once(cases[good[i]], device))
+            except Exception as error:
+                rows[good[i]] = dict(status=status_of(error), raw_ms=[])
+        done += 1
+        if rounds or not good:
+            continue
+        spent, a_round = clock() - begin, (clock() - begin_rounds) / done
+        over = spent + a_round > seconds
+        if done in looks or over:
+            wide = too_wide({n: rows[n]["raw_ms"] for n in good if rows[n]["raw_ms"]}, against, width)
+        if (done >= LEAST_ROUNDS and done in looks and not wide) or (
+                over and done >= (3 if a_round > seconds else LEAST_ROUNDS)):
+            break
+    for name, row in rows.items():
+        if row["status"] == "ok":
+            row.update(n_warmup=max(warmup, 1), timer="cuda_event" if device.type == "cuda" else "perf_counter",
+                       noisy=name in wide, **summary(row["raw_ms"]))
+    if wide:
+        print(f"a noisy machine: after {done} rounds {len(wide)} of {len(rows)} ratios are known less well than "
+              f"±{width:.0%}: {', '.join(map(str, wide[:5]))}{' …' if len(wide) > 5 else ''}", flush=True)
+    return rows
+
+
+def summary(raw_ms):
+    """Columns of a row from its raw times: median, 20th and 80th percentile in ms, and how many there are."""
+    low, middle, high = np.percentile(raw_ms, [20, 50, 80])
+    return dict(latency_ms_median=float(middle), latency_ms_p20=float(low), latency_ms_p80=float(high), n_runs=len(raw_ms))
+
+
+def too_wide(raw, against, width):
+    """The names in {name: raw times} whose time over that of `against` is not yet known to ±`width`."""
+    reference = raw.get(against, next(iter(raw.values()), []))
+    wide = []
+    for name, times in raw.items():
+        if times is not reference:
+            ratio, low, high = ratio_interval(times, reference, draws=500)
+            if not (high - low) / 2 <= width * ratio:
+                wide.append(name)
+    return wide
+
+
+def tensor_bytes(tensors):
+    """Bytes of tensors, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def peak_memory(fn, device, resident=()):
+    """(MiB, source): the resident tensors (weights, inputs) plus the peak of what one call allocates.
+
+    The same definition on both devices, so other live tensors never count. On a CPU the profiler's
+    allocation records are added up; memory that a library takes outside PyTorch's allocator is not seen."""
+    base = tensor_bytes(resident)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before + base) / 2**20, "cuda_max_allocated"
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
+        fn()
+    records = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(records, key=lambda e: e.start_ns())]
+    return float(max(np.cumsum([0, *changes])) + base) / 2**20, "cpu_live_tensors"
+
+
+def count_flops(fn):
+    """FLOPs of one call as PyTorch's counter sees them: matmuls and convolutions, 2 per multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def ceilings(device, dtype=torch.float32, rounds=5):
+    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth (bytes/s)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn((256 if device.type == "cuda" else 64) * 2**20 // 4, device=device)
+    target = torch.empty_like(source)
+    rows = compare({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, rounds=rounds)
+    fastest = {name: min(row["raw_ms"]) / 1e3 for name, row in rows.items()}
+    return dict(matmul_flops_per_s=2 * n**3 / fastest["matmul"],
+                copy_bytes_per_s=2 * tensor_bytes([source]) / fastest["copy"])
+
+
+def limit_ms(flops, nbytes, limits):
+    """The least time this device could need: the larger of compute and memory traffic, in ms."""
+    return 1e3 * max(flops / limits["matmul_flops_per_s"], nbytes / limits["copy_bytes_per_s"])

@@ -1,0 +1,32 @@
+"""Bad input gets one line that names the parameter, its value and what is allowed."""
+
+import math
+
+
+def check(ok, name, value, allowed):
+    """Raise ValueError naming the parameter, its value and what is allowed, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")
+
+
+def is_count(value, least=1):
+    """True for a whole number (not a bool) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value):
+    """True for a finite int or float (not a bool)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_count(value, name, least=1):
+    """ValueError unless `value` is a whole number of at least `least`; returns it."""
+    check(is_count(value, least), name, value, f"a whole number of at least {least}")
+    return value
+
+
+def check_share(value, name, least=0.0, most=1.0, open_below=True):
+    """ValueError unless `value` is a number in (least, most], or in [least, most] with open_below=False; returns it."""
+    ok = is_number(value) and (least < value if open_below else least <= value) and value <= most
+    check(ok, name, value, f"a number {'above' if open_below else 'of at least'} {least:g} and at most {most:g}")
+    return float(value)

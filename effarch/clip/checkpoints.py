@@ -1,0 +1,150 @@
+"""The CLIP to measure: from a folder, the Hugging Face hub, or a stand-in of the same shape when offline."""
+
+import errno
+import hashlib
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+for name, value in dict(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1",
+                        HF_HUB_ETAG_TIMEOUT="5", HF_HUB_DOWNLOAD_TIMEOUT="15").items():
+    os.environ.setdefault(name, value)  # read when transformers is imported
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from effarch.checks import check  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+DEFAULT_MODEL = "openai/clip-vit-base-patch16"
+
+
+def reachable(url, seconds=6):
+    """Whether a server answers at all within some seconds, whatever its status; never hangs (nor does DNS)."""
+    answer = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            answer.append(True)
+        except urllib.error.HTTPError:
+            answer.append(True)
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answer)
+
+
+@dataclass
+class Location:
+    """Where weights come from. folder None: no weights, `why` says the reason, a stand-in takes their place."""
+
+    folder: str | None  # or a hub id
+    slug: str  # the name of the results' folder
+    why: str = ""
+
+
+def safe_slug(text):
+    """A file name of lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def locate_checkpoint(model_id, smoke=False):
+    """Find the checkpoint `model_id`: a local folder, or a hub id (downloaded once, safetensors only).
+
+    A smoke run downloads nothing. ValueError for a folder without config.json and safetensors weights, and
+    for a hub id other than the default that cannot be had."""
+    check(isinstance(model_id, str) and model_id.strip(), "MODEL_ID", model_id, "a folder or a hub id")
+    folder = Path(model_id).expanduser()
+    if folder.is_dir() or model_id[0] in "/.~":
+        good = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        check(good, "MODEL_ID", model_id, "a folder with config.json and *.safetensors, or a hub id")
+        return Location(str(folder), safe_slug(folder.resolve().name))
+    slug, why = safe_slug(model_id.split("/")[-1]), "a smoke run downloads nothing"
+    if not smoke:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        try:
+            online = reachable(hub)
+            folder = snapshot_download(model_id, allow_patterns=patterns, local_files_only=not online)
+            converted = any(Path(folder).glob("*.safetensors"))  # else transformers looks for a converted copy
+            return Location(folder if converted else model_id, slug)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            why = "the disk of the download cache is full" if full else f"no answer from {hub}" \
+                if not online else f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        except Exception as error:  # the hub's own error types differ between versions
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        check(model_id == DEFAULT_MODEL, "MODEL_ID", model_id, f"a checkpoint that can be had ({why})")
+    return Location(None, "random-vit-b-16" if not smoke else "random-tiny", why)
+
+
+@dataclass
+class Checkpoint:
+    """A CLIP or SigLIP model ready to use. pretrained False: random weights, only cost can be measured."""
+
+    model: Any
+    processor: Any  # the image processor
+    tokenize: Any  # list of texts → dict for get_text_features; None without a tokenizer
+    slug: str
+    pretrained: bool
+    facts: dict  # for the provenance: source, revision, class of the image processor
+
+
+def random_clip(smoke=False):
+    """A CLIP with the vision tower of ViT-B/16 (in a smoke run a tiny one), random weights, small text tower."""
+    vision = dict(patch_size=16, image_size=224)
+    if smoke:
+        vision = dict(patch_size=8, image_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=12,
+                      num_attention_heads=3)
+    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=512)
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": config.vision_config.image_size}, crop_size=config.vision_config.image_size)
+    return transformers.CLIPModel(config), processor
+
+
+def load_checkpoint(location, device, smoke=False):
+    """The Checkpoint at a Location, in float32 on the device; ValueError where its files cannot be used."""
+    if location.folder is None:
+        model, processor = random_clip(smoke)
+        facts = dict(checkpoint="random weights", why=location.why, image_processor=type(processor).__name__)
+        return Checkpoint(model.eval().to(device), processor, None, location.slug, False, facts)
+    local = Path(location.folder).is_dir()
+    files = dict(pretrained_model_name_or_path=location.folder, local_files_only=local)
+    try:
+        model, report = transformers.AutoModel.from_pretrained(
+            **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        processor = transformers.AutoImageProcessor.from_pretrained(**files)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**files)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
+        raise ValueError(f"MODEL_ID: the checkpoint {location.folder} cannot be loaded ({reason})") from None
+    missing = list(report["missing_keys"])
+    check(not missing, "MODEL_ID", location.folder, f"complete weights; {len(missing)} missing, e.g. {missing[:2]}")
+    check(hasattr(model, "get_text_features"), "MODEL_ID", type(model).__name__, "a CLIP or SigLIP model")
+
+    def tokenize(texts):
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+
+    weights = sorted(Path(location.folder).glob("*.safetensors")) if local else []
+    revision = getattr(model.config, "_commit_hash", None) or Path(location.folder).resolve().name
+    facts = dict(checkpoint=location.slug, revision=revision, image_processor=type(processor).__name__,
+                 sha256={f.name: file_hash(f) for f in weights})
+    return Checkpoint(model.eval().to(device), processor, tokenize, location.slug, True, facts)
+
+
+def file_hash(path):
+    """SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,135 @@
+"""Images to measure on: CIFAR-10, a folder of images, or synthetic ones; kept as bytes, normalised per batch."""
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from effarch.checks import check
+from effarch.clip.checkpoints import reachable
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class NoImages(Exception):
+    """The wanted images cannot be had here; the message says why."""
+
+
+@dataclass
+class Images:
+    """Preprocessed images: pixels (N, 3, S, S) uint8, labels (N,) or None, class names, what they are."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor | None
+    classes: list
+    source: str
+    skipped: int = 0  # files that could not be decoded
+    mean: tuple = (0.5, 0.5, 0.5)
+    std: tuple = (0.5, 0.5, 0.5)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def batch(self, index, device="cpu"):
+        """Normalised float32 pixel_values (B, 3, S, S) of the images at `index` (a slice or a list)."""
+        pixels = self.pixels[index].to(device).float() / 255
+        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def batches(self, size, device="cpu"):
+        """All images in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size), device)
+
+
+def stratified(labels, count, seed):
+    """Indices of `count` items, the same number of each class as far as there are enough, in random order."""
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    rank = np.empty(len(labels), int)  # how many of its class come earlier in the random order
+    for label in np.unique(labels):
+        mine = order[np.asarray(labels)[order] == label]
+        rank[mine] = np.arange(len(mine))
+    return order[np.argsort(rank[order], kind="stable")][:count]
+
+
+def folder_images(path):
+    """(paths, labels, classes) of a folder with one folder of images per class."""
+    root = Path(path).expanduser()
+    check(root.is_dir(), "DATASET", f"imagefolder:{path}", "a folder that exists")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = [sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES) for p in folders]
+    empty = [p.name for p, inside in zip(folders, files, strict=True) if not inside]
+    check(folders and not empty, "DATASET", f"imagefolder:{path}",
+          f"one folder per class with images in each; without: {empty or 'all'}")
+    paths = [f for inside in files for f in inside]
+    labels = [i for i, inside in enumerate(files) for _ in inside]
+    return paths, labels, [p.name.replace("_", " ") for p in folders]
+
+
+def cifar10(train):
+    """(PIL images, labels, classes) of CIFAR-10 through torchvision; NoImages where it cannot be had."""
+    from torchvision.datasets import CIFAR10
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "efficient-architectures"
+    there = (cache / "cifar-10-batches-py" / "batches.meta").exists()
+    if not there and not reachable(CIFAR_URL):
+        raise NoImages(f"no answer from {CIFAR_URL}")
+    try:
+        data = CIFAR10(cache, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        raise NoImages(f"the disk of {cache} is full" if full else str(error).splitlines()[0]) from None
+    return [Image.fromarray(x) for x in data.data], data.targets, list(data.classes)
+
+
+def synthetic(side, count, seed):
+    """Uniform noise images of side × side pixels, as the original report's speed test used."""
+    random = np.random.default_rng(seed)
+    return [Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)]
+
+
+def preprocess(pictures, processor, native=False):
+    """PIL images or files → ((n, 3, S, S) uint8, indices of those that could be decoded).
+
+    Resizes and crops as the processor does, but leaves the scaling to `Images.batch`; native=True: neither."""
+    pixels, good = [], []
+    for i, picture in enumerate(pictures):
+        try:
+            picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
+        except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+            continue
+        steps = dict(do_resize=False, do_center_crop=False) if native else {}
+        done = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt", **steps)
+        pixels.append(done["pixel_values"][0].to(torch.uint8))
+        good.append(i)
+    return (torch.stack(pixels) if pixels else torch.empty(0)), good
+
+
+def load_images(dataset, count, processor, seed=0, train=False, native=False):
+    """`count` images of DATASET: 'cifar10', 'imagefolder:<path>' or 'synthetic:<side>', stratified by class.
+
+    Files that cannot be decoded are skipped and counted. ValueError for a bad name or folder; NoImages
+    where CIFAR-10 is neither here nor can be downloaded."""
+    kind, _, rest = dataset.partition(":")
+    check(kind in ("cifar10", "imagefolder", "synthetic"), "DATASET", dataset,
+          "cifar10, imagefolder:<path>, synthetic:<side>")
+    if kind == "synthetic":
+        check(rest.isdigit() and 16 <= int(rest) <= 1024, "DATASET", dataset, "synthetic:64, synthetic:128, …")
+        pictures, labels, classes = synthetic(int(rest), count, seed), None, []
+    else:
+        pictures, labels, classes = folder_images(rest) if kind == "imagefolder" else cifar10(train)
+        chosen = stratified(labels, count, seed)
+        pictures, labels = [pictures[i] for i in chosen], [labels[i] for i in chosen]
+    pixels, good = preprocess(pictures, processor, native)
+    check(len(good) > 0, "DATASET", dataset, f"images that can be decoded; none of {len(pictures)} could")
+    labels = None if labels is None else torch.tensor([labels[i] for i in good])
+    source = "imagefolder" if kind == "imagefolder" else dataset
+    return Images(pixels, labels, classes, source, len(pictures) - len(good),
+                  tuple(processor.image_mean), tuple(processor.image_std))

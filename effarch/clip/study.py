@@ -1,0 +1,54 @@
+"""What every vision notebook needs before it measures: a checkpoint, images, a class-name head, or the reason why not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from effarch.clip.checkpoints import load_checkpoint
+from effarch.clip.images import Images, NoImages, load_images
+from effarch.clip.zero_shot import prompt_templates, text_features
+
+
+@dataclass
+class Study:
+    """A model and images. measurable: whether quality means something; else `why_not` says why it is left empty."""
+
+    checkpoint: Any
+    model: Any
+    images: Images
+    text: torch.Tensor | None  # (C, P) features of the class names, on the CPU; None without labels or tokenizer
+    measurable: bool
+    why_not: str
+
+
+def prepare(run, location, dataset, n_images):
+    """The Study of a run: loads the checkpoint at `location` and `n_images` of `dataset`, notes both in the provenance.
+
+    Random weights or missing images do not stop a run: cost is measured, quality is not. In a smoke run noise images
+    and random class directions go through every code path; its figures and tables say that they are no result."""
+    checkpoint = load_checkpoint(location, run.device, run.smoke)
+    model, side = checkpoint.model, checkpoint.model.config.vision_config.image_size
+    why_not = "" if checkpoint.pretrained else f"random weights ({location.why})"
+    try:
+        wanted = f"synthetic:{side}" if run.smoke and dataset == "cifar10" else dataset
+        images = load_images(wanted, n_images, checkpoint.processor, run.seed)
+    except NoImages as error:
+        images, why_not = load_images(f"synthetic:{side}", 64, checkpoint.processor, run.seed), f"no images ({error})"
+    if run.smoke and images.labels is None:
+        images.labels, images.classes = torch.arange(len(images)) % 3, ["a", "b", "c"]
+    why_not = why_not or ("" if images.labels is not None else "images without labels")
+    text, templates = None, None
+    if images.classes and checkpoint.tokenize and not why_not:
+        templates = prompt_templates(images.classes)
+        text = text_features(checkpoint, images.classes, templates).cpu()
+    elif run.smoke:
+        text = F.normalize(torch.randn(len(images.classes), model.config.projection_dim), dim=-1)
+    measurable = run.smoke or not why_not
+    run.facts.update(checkpoint.facts, images=images.source, n_images=len(images), skipped=images.skipped,
+                     quality=why_not or "measured", templates=templates)
+    skipped = f", {images.skipped} files not decoded" if images.skipped else ""
+    print(f"{checkpoint.slug}, {side} px; {len(images)} images of {images.source}{skipped}; cosine, agreement and accuracy: "
+          f"{'random numbers, no result' if run.smoke else why_not or 'measured'}")
+    return Study(checkpoint, model, images, text, measurable, why_not)

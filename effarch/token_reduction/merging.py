@@ -1,0 +1,192 @@
+# Provisional: will be written by `python -m lab.build` from vlm/token_merging.ipynb.
+"""Reducers that merge similar tokens: ToMe, and our recipe."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from effarch.checks import check
+from effarch.token_reduction.encoder import Reducer, check_keep, importance, take, track
+
+
+def merge_naive(tokens, kept, rest, target, keep_norm=False):
+    """What `merge` computes, one image and one group at a time: the definition, to check the fast one."""
+    sizes = tokens.sizes if tokens.sizes is not None else torch.ones_like(tokens.x[..., 0])
+    x, size = take(tokens.x, kept), sizes.gather(1, kept)
+    for image, i in [(b, t) for b in range(len(x)) for t in set(target[b].tolist())]:
+        group = torch.cat([kept[image, i : i + 1], rest[image, target[image] == i]])
+        share = sizes[image, group] / sizes[image, group].sum()
+        mean = share @ tokens.x[image, group]
+        length = (share @ tokens.x[image, group].norm(dim=-1)) / mean.norm() if keep_norm else 1.0
+        x[image, i], size[image, i] = mean * length, sizes[image, group].sum()
+    return x, size
+
+
+def merge(tokens, kept, rest, target, keep_norm=False):
+    """Merge token rest[b, i] into kept[b, target[b, i]]: mean weighted by size, sizes add up.
+
+    kept (B, M), rest and target (B, R). keep_norm=True gives a merged token the mean length of its parts
+    instead of the shorter length of their mean. Sums in float32. Only rows that change are computed with."""
+    track(tokens, kept, rest, target)
+    x = tokens.x.float()
+    sizes = tokens.sizes if tokens.sizes is not None else x.new_ones(x.shape[:2])
+    new, parts, before = take(x, kept), take(x, rest), take(x, kept.gather(1, target))
+    part_sizes = sizes.gather(1, rest)
+    tokens.sizes = sizes.gather(1, kept).scatter_add_(1, target, part_sizes)
+    share = part_sizes / tokens.sizes.gather(1, target)
+    rows = (target + torch.arange(0, kept.numel(), kept.shape[1], device=x.device)[:, None]).flatten()
+    flat = new.view(-1, x.shape[-1])
+    flat.index_add_(0, rows, ((parts - before) * share[..., None]).flatten(0, 1))
+    if keep_norm:
+        length = before.norm(dim=-1)
+        longer = torch.zeros_like(tokens.sizes).scatter_add_(1, target, (parts.norm(dim=-1) - length) * share)
+        merged = flat.index_select(0, rows)
+        wanted = (length + longer.gather(1, target)).flatten() / merged.norm(dim=-1).clamp(min=1e-6)
+        flat.index_copy_(0, rows, merged * wanted[:, None])
+    tokens.x = new.to(tokens.x.dtype)
+
+
+def match_alternating(metric, merges, prefix=1, weight=None):
+    """ToMe's matching (arXiv 2210.09461): tokens at even places (A) choose their most similar at odd ones (B).
+
+    metric: (B, N, C), compared by cosine; prefix: 1 with a CLS token, else 0. The `merges` pairs with the least
+    loss merge: 1 - similarity, times the source's `weight` (B, N) if given. Returns kept (B, N - merges),
+    rest and target (B, merges) for `merge`."""
+    inverse = metric.norm(dim=-1).clamp(min=1e-12).reciprocal()
+    similarity = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)) * inverse[:, None, 1::2]
+    best, partner = similarity.max(-1)
+    loss = 1 - best * inverse[:, ::2]
+    loss = loss if weight is None else loss * weight[:, ::2]
+    loss[:, :prefix] = -torch.inf  # the CLS token (in A, so nothing joins it) comes first and stays
+    order = loss.argsort(dim=1, stable=True)
+    source = order[:, prefix : prefix + merges]
+    stay = torch.cat([order[:, :prefix], order[:, prefix + merges :]], 1)
+    odd = torch.arange(1, metric.shape[1], 2, device=metric.device).expand(len(metric), -1)
+    return torch.cat([2 * stay, odd], 1), 2 * source, partner.gather(1, source) + stay.shape[1]
+
+
+class MergeSimilar(Reducer):
+    """ToMe: merge the most similar pairs of tokens in every layer, between attention and MLP.
+
+    r: mean tokens merged per layer."""
+
+    kind = "merge"
+
+    def __init__(self, r, cls_only_last=False, size_bias=1.0):
+        number = isinstance(r, (int, float)) and not isinstance(r, bool)
+        check(number and 0 <= r < float("inf"), "r", r, "a finite number of at least 0")
+        self.r, self.cls_only_last, self.size_bias = r, cls_only_last, size_bias
+
+    def merges(self, tokens):
+        """How many tokens to merge in this layer; the roundings of a fractional r add up to the right total."""
+        return round(self.r * (tokens.layer + 1)) - round(self.r * tokens.layer)
+
+    def metric(self, tokens):
+        """(B, N, C) what similarity is measured on: the keys, mean over heads."""
+        return tokens.k.mean(1)
+
+    def weight(self, tokens):
+        """(B, N) how much losing a source matters, or None for all alike."""
+        return None
+
+    def after_attention(self, tokens, keep_norm=False):
+        n = tokens.x.shape[1]
+        merges = min(self.merges(tokens), (n - tokens.prefix) // 2)
+        if merges <= 0:
+            return
+        metric = self.metric(tokens)
+        tokens.macs += (n + 1) // 2 * (n // 2) * metric.shape[-1]
+        merge(tokens, *match_alternating(metric, merges, tokens.prefix, self.weight(tokens)), keep_norm)
+
+
+@lru_cache
+def hump(keep, depth, end=0.32, fall=3.5):
+    """Share of the tokens left after each layer, `keep` on average: all after the first layer, end · keep after
+    the last, and most of the merging in the middle: (1 - u^rise)^fall, u from 0 to 1; `rise` is solved for."""
+    if depth < 3:
+        return (keep,) * depth
+    last = max(end * keep, 1 - (1 - keep) * depth / 2)  # the second where `keep` is near 1
+    last = min(last, (keep * depth - 1) / (depth - 1))  # a shallow network that must keep little
+    if last <= 0:
+        return (keep,) * depth
+
+    def left(rise):
+        steps = (min(1.0, layer / (depth - 2)) for layer in range(depth))
+        return tuple(last + (1 - last) * (1 - u**rise) ** fall for u in steps)
+
+    low, high = 0.01, 100.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if sum(left(middle)) <= keep * depth else (low, middle)
+    return left(low)
+
+
+def straight(keep, depth):
+    """Share of the tokens left after each layer, `keep` on average, if each merges the same number (ToMe)."""
+    return tuple(max(0.02, 1 - 2 * (1 - keep) * (layer + 1) / (depth + 1)) for layer in range(depth))
+
+
+def checkerboard(tokens):
+    """Order the patches so that all four neighbours of a patch stand at places of the other parity.
+
+    Matching pairs even places with odd ones. Row by row on a grid of even width, a patch and the one below it
+    have the same parity and could never merge; so every second row swaps its columns pairwise."""
+    patches = tokens.x.shape[1] - tokens.prefix
+    side = round(patches**0.5)
+    if side * side != patches or side % 2:
+        return  # no square grid, or one of odd width, whose rows alternate as they are
+    places = torch.arange(patches).view(side // 2, 2, side // 2, 2)
+    places = torch.stack([places[:, 0], places[:, 1].flip(-1)], 1).flatten() + tokens.prefix
+    order = torch.cat([torch.arange(tokens.prefix), places]).to(tokens.x.device).expand(len(tokens.x), -1)
+    track(tokens, order)
+    tokens.x = take(tokens.x, order)
+
+
+MERGING_TWELFTHS = (1, 3, 5, 6, 8)  # where in the depth ours merges: five times, for every merge takes time
+
+
+class ProtectedMerging(MergeSimilar):
+    """Our recipe. Like ToMe, but: five merges, most of it in the middle layers; vertical neighbours can merge,
+    too; hidden states are compared, not keys; what the CLS token reads and what is already large merges last; a
+    merged token keeps its parts' mean length; attention gets 0.85 of the log sizes; of the last layer only the
+    CLS row is computed.
+
+    keep: mean share of the tokens left over the layers. The other arguments remove one part each."""
+
+    kind = "keep"
+
+    def __init__(self, keep, shape=hump, every_layer=False, checkered=True, hidden=True, protect=True,
+                 keep_norm=True, size_bias=0.85, cls_only_last=True):
+        self.keep, self.shape, self.every_layer = check_keep(keep), shape, every_layer
+        self.checkered, self.hidden, self.protect = checkered, hidden, protect
+        self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
+
+    def at_input(self, tokens):
+        if self.checkered and self.keep < 1:
+            checkerboard(tokens)
+
+    def merges(self, tokens):
+        """What the shape asks for, on average over the layers up to the next merge."""
+        left, at = self.shape(self.keep, tokens.depth), range(tokens.depth)
+        if not self.every_layer:
+            at = sorted({tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS})
+        if tokens.layer not in at:
+            return 0
+        until = next((layer for layer in at if layer > tokens.layer), tokens.depth)
+        mean = sum(left[tokens.layer : until]) / (until - tokens.layer)
+        return tokens.x.shape[1] - max(tokens.prefix + 1, round(mean * tokens.first))
+
+    def metric(self, tokens):
+        return tokens.x if self.hidden else super().metric(tokens)
+
+    def weight(self, tokens):
+        if not self.protect:
+            return None
+        scores = importance(tokens)
+        weight = scores / scores.mean(1, keepdim=True) + 0.05
+        weight = F.pad(weight, (tokens.prefix, 0))
+        return (weight if tokens.sizes is None else weight * tokens.sizes).sqrt()
+
+    def after_attention(self, tokens):
+        super().after_attention(tokens, self.keep_norm)
