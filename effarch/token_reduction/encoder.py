@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from effarch.checks import check
 from effarch.clip.towers import attend, make_tower, project, split_heads
@@ -101,11 +102,11 @@ def encode_images(model, pixel_values, reducer=None, implementation="sdpa", inte
 
 
 @torch.no_grad()
-def trace_encoder(model, reducer=None, pixel_values=None, image_size=None):
+def trace_encoder(model, reducer=None, pixel_values=None, image_size=None, tower=None):
     """Tokens after one pass with everything recorded: `owner`, `counts` per layer, `macs` per image.
 
-    pixel_values: (B, 3, H, W); None takes one blank image of the model's (or the given) size."""
-    tower = make_tower(model)
+    pixel_values: (B, 3, H, W); None takes one blank image of the model's (or the given) size. tower: in place of the model's."""
+    tower = tower or make_tower(model)
     weight = tower.patch.weight
     if pixel_values is None:
         side = image_size or tower.image_size
@@ -117,9 +118,32 @@ def trace_encoder(model, reducer=None, pixel_values=None, image_size=None):
     return tokens
 
 
+def shapes_only(tower):
+    """A Tower whose layers keep the width and compute nothing: the same multiply-adds are added up, ten times sooner."""
+    same = nn.Identity()
+    return replace(tower, blocks=[replace(b, q=same, k=same, v=same, out=same, mlp=same) for b in tower.blocks])
+
+
 def encoder_macs(model, reducer=None, image_size=None):
     """Multiply-adds of one image through the vision encoder (2 FLOPs each), the reducer's own included."""
-    return trace_encoder(model, reducer, image_size=image_size).macs
+    return trace_encoder(model, reducer, image_size=image_size, tower=shapes_only(make_tower(model))).macs
+
+
+def fit_budget(make, limit, cost, steps=14):
+    """The reducer make(position) of highest cost that is at most `limit`, by bisection of position in [0, 1].
+
+    make: position → reducer, dearer with position; cost: reducer → multiply-adds, or any unit that `limit` has, too.
+    ValueError if none fits."""
+    low, high, best = 0.0, 1.0, make(0.0)
+    least = cost(best)
+    check(least <= limit, "budget", limit, f"at least {least:.4g} for this method")
+    if cost(make(1.0)) <= limit:
+        return make(1.0)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        reducer = make(middle)
+        low, high, best = (middle, high, reducer) if cost(reducer) <= limit else (low, middle, best)
+    return best
 
 
 def start_encoder(tower, pixels, layers):
