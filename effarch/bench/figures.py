@@ -63,7 +63,7 @@ def encode(fig, alt, photo=False, dpi=130):
     image = Image.open(raw).convert("RGB")
     if photo:
         exif = Image.Exif()
-        exif[0x010E] = alt  # ImageDescription
+        exif[0x010E] = alt.encode()  # ImageDescription; as text it would lose all but ASCII
         image.save(out, format="JPEG", quality=82, optimize=True, exif=exif)
     else:
         from PIL.PngImagePlugin import PngInfo
