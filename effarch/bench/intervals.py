@@ -1,7 +1,7 @@
 """How certain a number is, and the ONE rule of inference: cells, claims and README all use what is here.
 
 Every estimate is (value, low, high) with a 95 % interval. `decide` compares the interval with a limit; if it holds both
-answers, or if there is no interval, the word is "undecided"."""
+answers, or if there is no interval, or one of width zero (values that all agree show no spread), the word is "undecided"."""
 
 import math
 from typing import NamedTuple
@@ -27,10 +27,11 @@ class Estimate(NamedTuple):
 def decide(estimate, above=None, below=None, between=None):
     """True, False or None (undecided): does the whole interval lie above / below a limit, or between two?
 
-    estimate: an Estimate, or a plain number that is exact (a count, a formula). NaN anywhere: undecided."""
+    estimate: an Estimate, or a plain number that is exact (a count, a formula). NaN anywhere, or an interval of width
+    zero, which too few or all equal values make: undecided."""
     exact = not isinstance(estimate, tuple)
     value, low, high = (estimate,) * 3 if exact else estimate
-    if any(v is None or math.isnan(v) for v in (value, low, high)):
+    if any(v is None or math.isnan(v) for v in (value, low, high)) or not (exact or low < high):
         return None
     least, most = between if between is not None else (above, below)
     inside = (least is None or low > least) and (most is None or high < most)
@@ -65,8 +66,9 @@ def ratio_interval(raw_a, raw_b, draws=2000):
 
     raw_a, raw_b: times of one process, or a list of such lists, one per process. One process: a bootstrap over rounds;
     with fewer than eight, where that is too narrow, Student's t on the log ratios. Several: the ratio is the geometric
-    mean of the processes' ratios; processes are redrawn first, then rounds within, since machines differ
-    between runs by more than rounds do. Without times: three NaN. ValueError if they cannot be paired."""
+    mean of the processes' ratios, and machines differ between runs by more than rounds do. Fewer than eight processes:
+    Student's t on the logs of their ratios, but never narrower than their rounds alone allow; more: processes are redrawn
+    first, then rounds within. Without times: three NaN. ValueError if they cannot be paired."""
     a, b = by_process(raw_a), by_process(raw_b)
     if [len(part) for part in a] != [len(part) for part in b]:
         raise ValueError(f"raw times of {[len(p) for p in a]} and {[len(p) for p in b]} rounds cannot be paired")
@@ -81,14 +83,17 @@ def ratio_interval(raw_a, raw_b, draws=2000):
         middle, low, high = t_interval(np.log(a[0] / b[0]))
         return Estimate(ratio, min(math.exp(low), ratio), max(math.exp(high), ratio))
     redrawn = np.stack([_redrawn_logs(x, y, draws, random) for x, y in zip(a, b, strict=True)])  # (processes, draws)
-    if len(a) > 1:
-        # k processes redrawn from k spread too little by sqrt((k - 1) / k)
+    within = (redrawn - logs[:, None]).mean(0)  # what the rounds leave open
+    if len(a) < FEW:
+        between = np.zeros(1)
+    else:  # k processes redrawn from k spread too little by sqrt((k - 1) / k)
         pick = random.integers(0, len(a), (len(a), draws))
         between = (logs[pick].mean(0) - logs.mean()) * (len(a) / (len(a) - 1)) ** 0.5
-        within = (redrawn - logs[:, None]).mean(0)
-        redrawn = (logs.mean() + between + within)[None]
-    low, high = np.exp(np.percentile(redrawn[0], [2.5, 97.5]))
-    return Estimate(ratio, float(min(low, ratio)), float(max(high, ratio)))
+    low, high = logs.mean() + np.percentile(between + within, [2.5, 97.5])
+    if 1 < len(a) < FEW:
+        _, least, most = t_interval(logs)
+        low, high = min(low, least), max(high, most)
+    return Estimate(ratio, min(math.exp(low), ratio), max(math.exp(high), ratio))
 
 
 def _redrawn_logs(a, b, draws, random):
