@@ -27,23 +27,23 @@ def time_once(fn, device):
         fn()
         stop.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(stop)
+        return max(start.elapsed_time(stop), 1e-6)
     begin = time.perf_counter()
     fn()
-    return (time.perf_counter() - begin) * 1e3
+    return max((time.perf_counter() - begin) * 1e3, 1e-6)  # a coarse clock may not have moved; ratios need more than 0
 
 
 def finite(out):
-    """False if a floating-point tensor in `out` (a tensor, or tuples, lists and dicts of them) is not finite."""
+    """False if a real or complex tensor in `out` (a tensor, or tuples, lists and dicts of them) is not finite."""
     if isinstance(out, torch.Tensor):
-        return not out.is_floating_point() or bool(out.isfinite().all())
+        return not (out.is_floating_point() or out.is_complex()) or bool(out.isfinite().all())
     parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     return all(map(finite, parts))
 
 
 def status_of(error):
     """'oom' or 'error: …' for an exception that a measured callable raised."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     short = "alloc" in lines[0] and "memory" in lines[0]  # the CPU allocator raises a plain RuntimeError
     oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or short
     return "oom" if oom else f"error: {lines[0][:120]}"
@@ -73,14 +73,15 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
 
     cases: {name: callable without arguments}. Every case is warmed up, then each round calls all of them once, in a new
     random order, so that slow drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops
-    when the 95 % interval of every case's time over that of `against` (default: the first case) is within ±`width`, or
-    when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than `seconds`). The rule
+    when the 95 % interval of every case's time over that of `against` (a case or a list of cases; default: the first) is
+    within ±`width`, or when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than `seconds`). The rule
     looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
 
     Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
     interval was still wider when the time was used). A failed case keeps its `status` and has no times."""
     check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
     device = device or torch.device("cpu")
+    references = against if isinstance(against, list) else [against]
     begin = clock()
     rows = {}
     for name, fn in cases.items():
@@ -107,7 +108,7 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
         spent, a_round = clock() - begin, (clock() - begin_rounds) / done
         over = spent + a_round > seconds
         if done in looks or over:
-            wide = too_wide({n: rows[n]["raw_ms"] for n in good if rows[n]["raw_ms"]}, against, width)
+            wide = too_wide({n: rows[n]["raw_ms"] for n in good if rows[n]["raw_ms"]}, references, width)
         if (done >= LEAST_ROUNDS and done in looks and not wide) or (
                 over and done >= (3 if a_round > seconds else LEAST_ROUNDS)):
             break
@@ -127,15 +128,16 @@ def summary(raw_ms):
     return dict(latency_ms_median=float(middle), latency_ms_p20=float(low), latency_ms_p80=float(high), n_runs=len(raw_ms))
 
 
-def too_wide(raw, against, width):
-    """The names in {name: raw times} whose time over that of `against` is not yet known to ±`width`."""
-    reference = raw.get(against, next(iter(raw.values()), []))
+def too_wide(raw, references, width):
+    """The names in {name: raw times} whose time over that of a reference is not yet known to ±`width`."""
     wide = []
-    for name, times in raw.items():
-        if times is not reference:
-            ratio, low, high = ratio_interval(times, reference, draws=500)
-            if not (high - low) / 2 <= width * ratio:
-                wide.append(name)
+    # a reference that failed leaves the first case in its place
+    for reference in [raw[name] for name in references if name in raw] or list(raw.values())[:1]:
+        for name, times in raw.items():
+            if times is not reference and name not in wide:
+                ratio, low, high = ratio_interval(times, reference, draws=500)
+                if not (high - low) / 2 <= width * ratio:
+                    wide.append(name)
     return wide
 
 
