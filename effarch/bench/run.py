@@ -78,7 +78,10 @@ class Run:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.settings = SimpleNamespace(**{
             name: setting.resolve(name, parameters[name], self.mode, cuda) for name, setting in settings.items()})
-        # `run_all.sh --repeat 3` runs a notebook in three processes, whose times are pooled
+        # `run_all.sh` shortens comparisons where all notebooks together would take too long …
+        self.seconds_share = float(os.environ.get("EFFARCH_SECONDS_SHARE", 1)) if parameters["SECONDS"] is None else 1.0
+        self.settings.SECONDS *= self.seconds_share
+        # … and with `--repeat 3` runs a notebook in three processes, whose times are pooled
         self.process, self.processes = map(int, os.environ.get("EFFARCH_PROCESS", "0/1").split("/"))
         self.slug = device_slug(self.device)
         self.root = output_root(out, self.mode)
@@ -97,6 +100,7 @@ class Run:
             python=platform.python_version(), num_threads=torch.get_num_threads(), weights=weights,
             git_commit=commit, git_dirty=dirty, seed=self.seed, utc_time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
             mode=self.mode)
+        self.comparing, self.continued = 0.0, False  # seconds spent in comparisons; whether an interrupted run goes on
         self.facts = {}  # anything a notebook wants in the long provenance: checkpoint revision, templates, …
 
     @property
@@ -119,14 +123,18 @@ class Run:
 
     def finish(self):
         """Write `<notebook>.env.json`; after the last process drop the journals (nothing is left to continue)."""
+        path, seconds = self.results / f"{self.notebook}.env.json", round(time.monotonic() - self.started, 1)
+        earlier = json.loads(path.read_text(encoding="utf-8"))["process_seconds"] if self.process and path.exists() else []
         packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
         long = dict(
             self.row, finished_utc=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
-            seconds=round(time.monotonic() - self.started, 1), processes=self.process + 1, platform=platform.platform(),
+            seconds=round(sum(earlier) + seconds, 1), processes=self.process + 1, process_seconds=[*earlier, seconds],
+            comparing_seconds=round(self.comparing, 1), seconds_share=self.seconds_share, continued=self.continued,
+            platform=platform.platform(),
             cudnn=torch.backends.cudnn.version(), cudnn_benchmark=torch.backends.cudnn.benchmark,
             tf32_matmul=torch.backends.cuda.matmul.allow_tf32, settings=vars(self.settings), facts=self.facts,
             packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())))
-        write_atomically(self.results / f"{self.notebook}.env.json", json.dumps(long, indent=1, default=str) + "\n")
+        write_atomically(path, json.dumps(long, indent=1, default=str) + "\n")
         if self.process + 1 == self.processes:
             for journal in self.results.glob(f".{self.notebook}.*.journal"):
                 journal.unlink()
@@ -209,13 +217,18 @@ def output_root(out, mode):
 
 def code_fingerprint():
     """Hash of the code run in this kernel so far, cells and modules: only the same code continues an interrupted run."""
+    files = {m.__file__ for n, m in list(sys.modules.items()) if n.split(".")[0] == "effarch" and getattr(m, "__file__", None)}
+    parts = [cells_fingerprint(), *(Path(f).read_text(encoding="utf-8") for f in sorted(files))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def cells_fingerprint():
+    """Hash of the cells run in this kernel so far, the running one among them; '' outside a notebook."""
     try:
         cells = sorted(set(get_ipython().user_ns["In"]))
-    except NameError:  # not in a notebook
-        cells = []
-    files = {m.__file__ for n, m in list(sys.modules.items()) if n.split(".")[0] == "effarch" and getattr(m, "__file__", None)}
-    parts = [*cells, *(Path(f).read_text(encoding="utf-8") for f in sorted(files))]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    except NameError:
+        return ""
+    return hashlib.sha256("\0".join(cells).encode()).hexdigest()[:16]
 
 
 def write_atomically(path, data):

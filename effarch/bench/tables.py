@@ -3,11 +3,12 @@
 import fcntl
 import json
 import os
+import time
 
 import pandas as pd
 
-from effarch.bench.intervals import ratio_interval, with_interval
-from effarch.bench.run import code_fingerprint, write_atomically
+from effarch.bench.intervals import UNKNOWN, Estimate, ratio_interval, with_interval
+from effarch.bench.run import cells_fingerprint, code_fingerprint, write_atomically
 from effarch.bench.timing import compare, summary
 from effarch.checks import check
 
@@ -19,8 +20,10 @@ class Table:
     """A tidy CSV, `<results>/<name>.csv`: one row per configuration, named by the columns in `key`.
 
     `add` and `compare` write finished rows to a journal at once. A run that died and is started again with the same
-    code, parameters, device and versions finds them there (`has`) and goes on. In the second and later processes of
-    `run_all.sh --repeat`, times are measured again and pooled; everything else is taken over."""
+    code, parameters, device and versions finds them there (`has`) and goes on. A row counts as there only while the
+    cells run so far are those that made it: after an edit it is measured again. In the second and later processes of
+    `run_all.sh --repeat`, times are measured again and pooled; everything else is taken over. What failed in one process
+    stays failed."""
 
     def __init__(self, run, name, key):
         self.run, self.name, self.key = run, name, list(key)
@@ -29,7 +32,8 @@ class Table:
         same = ("suite", "notebook", "mode", "device", "weights", "seed", "torch", "cuda", "transformers",
                 "python", "num_threads")
         self.identity = dict({k: run.row[k] for k in same}, code=code_fingerprint(), key=self.key)
-        self._rows = {}  # values of the key columns → row
+        # values of the key columns → row; those that wait in the journal for `has` or `compare` are not in the table yet
+        self._rows, self._waiting, self._made_by = {}, {}, {}
         previous = _open_journals.pop(str(self.journal), None)  # the cell was run again
         if previous:
             previous.close()
@@ -49,7 +53,7 @@ class Table:
         return list(self._rows.values())
 
     def _recover(self):
-        """Take over the rows of an interrupted run (or an earlier process) of the same kind, else begin an empty journal."""
+        """Read what an interrupted run (or an earlier process) of the same kind left, else begin an empty journal."""
         self.file.seek(0)
         entries, good = [], 0
         for line in self.file:
@@ -61,11 +65,12 @@ class Table:
         wanted = self.run.resume or self.run.process > 0
         if entries and wanted and entries[0] == self.identity:
             self.file.truncate(good)
-            for group in entries[1:]:
-                self._put(group)
-            if self._rows:
+            for entry in entries[1:]:
+                self._put(self._waiting, entry)
+            if self._waiting:
+                self.run.continued |= not self.run.process
                 why = "of an earlier process" if self.run.process else "of an interrupted run"
-                print(f"{self.name}: going on with {len(self._rows)} rows {why}")
+                print(f"{self.name}: going on with {len(self._waiting)} rows {why}")
         else:
             if len(entries) > 1:
                 why = "RESUME is False" if not self.run.resume else "code, parameters or versions differ"
@@ -73,13 +78,21 @@ class Table:
             self.file.truncate(0)
             self._append(self.identity)
 
-    def _put(self, rows):
-        self._rows |= {tuple(map(json.dumps, (row[k] for k in self.key))): row for row in rows}
+    def _put(self, place, entry):
+        for row in entry["rows"]:
+            key = tuple(json.dumps(row[k]) for k in self.key)
+            place[key], self._made_by[key] = row, entry["made_by"]
 
     def _append(self, entry):
         self.file.write(json.dumps(entry).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def _there(self, where):
+        """{key: row} with these values that the cells run so far have made, here or before an interruption."""
+        code, both = cells_fingerprint(), self._waiting | self._rows
+        return {key: row for key, row in both.items()
+                if self._made_by[key] == code and all(row.get(k) == v for k, v in where.items())}
 
     def _fresh(self, row):
         """False for a row whose times this process has yet to measure."""
@@ -90,9 +103,13 @@ class Table:
         return [row for row in self.rows if all(row.get(k) == v for k, v in where.items())]
 
     def has(self, **where):
-        """Whether rows with these values are there, finished in this process."""
-        found = self.find(**where)
-        return bool(found) and all(map(self._fresh, found))
+        """Whether this code has already made rows with these values, so that they need not be made again.
+
+        A guard before `add`; to ask what the table holds, use `find`."""
+        found = self._there(where)
+        there = bool(found) and all(map(self._fresh, found.values()))
+        self._rows |= found if there else {}
+        return there
 
     def add(self, rows):
         """Add finished rows (a dict or a list of dicts, with a value for every key column) at once; replaces equal keys."""
@@ -101,9 +118,12 @@ class Table:
             missing = [k for k in self.key if k not in row]
             check(not missing, "row", row, f"a value for every key column; missing: {missing}")
             row.setdefault("status", "ok")
-        rows = json.loads(json.dumps([dict(self.run.row, **row) for row in rows], default=plain))
-        self._append(rows)
-        self._put(rows)
+            raw = row.get("raw_ms") or []
+            row |= dict(raw_ms=[raw]) if len(raw) and not isinstance(raw[0], (list, tuple)) else {}
+        entry = dict(made_by=cells_fingerprint(), rows=[dict(self.run.row, **row) for row in rows])
+        entry = json.loads(json.dumps(entry, default=plain))
+        self._append(entry)
+        self._put(self._rows, entry)
 
     def compare(self, cases, name="variant", ratios=None, speedups=None, describe=None, **common):
         """Time `cases` ({name: callable}) against each other and add one row each; returns {name: row}.
@@ -111,36 +131,56 @@ class Table:
         name: the column that holds a case's name; common: further columns of all rows, the other key columns among
         them. ratios: {column: case}, time over that case's; speedups: {column: case}, that case's time over it; both
         with intervals. describe: name → further columns of a row that is ok. Already there: nothing is measured."""
+        missing = [k for k in self.key if k not in common and k != name]
+        check(name in self.key and not missing, "key", self.key, f"{name!r} and the columns given; missing: {missing}")
+        columns = [*((column, reference, False) for column, reference in (ratios or {}).items()),
+                   *((column, reference, True) for column, reference in (speedups or {}).items())]
+        unknown = sorted({str(reference) for _, reference, _ in columns if reference not in cases})
+        check(not unknown, "reference", unknown, f"one of the cases: {', '.join(map(str, cases))}")
         where = {k: v for k, v in common.items() if k in self.key}
-        old = {row[name]: row for row in self.find(**where) if row[name] in cases}
+        there = {key: row for key, row in self._there(where).items() if row[name] in cases}
+        old = {row[name]: row for row in there.values()}
         if set(old) == set(cases) and all(map(self._fresh, old.values())):
+            self._rows |= there
             return old
-        references = [*(ratios or {}).values(), *(speedups or {}).values()]
-        rows = compare(cases, self.run.device, against=references[0] if references else None, **self.run.timing)
+        failed = {case: row for case, row in old.items() if self.run.process and row["status"] != "ok"}
+        rows = self._measure({case: fn for case, fn in cases.items() if case not in failed}, columns, old)
         for case, row in rows.items():
-            before = old.get(case, {})
-            row["raw_ms"] = [*before.get("raw_ms", []), row["raw_ms"]] if row["status"] == "ok" else []
-            described = dict(before) if before else describe(case) if describe and row["status"] == "ok" else {}
-            rows[case] = described | row | common | {name: case}
-            if row["raw_ms"]:
-                rows[case] |= summary([ms for part in row["raw_ms"] for ms in part])
-        for columns, faster in ((ratios, False), (speedups, True)):
-            for column, reference in (columns or {}).items():
-                for row in rows.values():
-                    if row["raw_ms"] and rows[reference]["raw_ms"]:
-                        ratio = ratio_interval(row["raw_ms"], rows[reference]["raw_ms"])
-                        row.update(with_interval(column, ratio.inverse() if faster else ratio))
+            if row["status"] == "ok":
+                row = (old.get(case) or (describe(case) if describe else {})) | row
+            rows[case] = row | common | {name: case}
+        rows = {case: failed.get(case) or rows[case] for case in cases}
+        for column, reference, faster in columns:
+            for row in rows.values():
+                raw, of = row["raw_ms"], rows[reference]["raw_ms"]
+                ratio = ratio_interval(raw, of) if raw and of else Estimate(UNKNOWN)
+                row.update(with_interval(column, ratio.inverse() if faster else ratio))
         self.add(list(rows.values()))
         told = ", ".join(f"{case} {row.get('latency_ms_median', float('nan')):.3g}" for case, row in rows.items())
         rounds = max((row.get("n_runs", 0) for row in rows.values()), default=0)
         self.run.log(f"{', '.join(f'{k} {v}' for k, v in where.items())} [ms, {rounds} rounds]: {told}")
         return rows
 
+    def _measure(self, cases, columns, old):
+        """Rows of `compare`, with the times of earlier processes (in `old`) before those of this one."""
+        references = list(dict.fromkeys(reference for _, reference, _ in columns if reference in cases))
+        begin = time.monotonic()
+        rows = compare(cases, self.run.device, against=references or None, **self.run.timing)
+        self.run.comparing += time.monotonic() - begin
+        good = {case: row for case, row in rows.items() if row["status"] == "ok"}
+        earlier = {case: old.get(case, {}).get("raw_ms", [])[: self.run.process] for case in good}
+        paired = len({tuple(map(len, parts)) for parts in earlier.values()}) == 1  # measured together, then as now
+        for case, row in good.items():
+            row["raw_ms"] = [*(earlier[case] if paired else []), row["raw_ms"]]
+            row.update(summary([ms for part in row["raw_ms"] for ms in part]))
+        return rows
+
     def save(self):
         """Write the CSV and, where there are raw times, `<name>_raw.csv`; returns the table."""
         raw = [dict({k: row[k] for k in ["run_id", *self.key]}, process=process, i=i, latency_ms=ms)
                for row in self.rows for process, part in enumerate(row.get("raw_ms") or []) for i, ms in enumerate(part)]
-        table = pd.DataFrame([{k: v for k, v in row.items() if k != "raw_ms"} for row in self.rows])
+        table = pd.DataFrame([{k: v for k, v in row.items() if k != "raw_ms"} for row in self.rows],
+                             columns=None if self.rows else [*self.key, "status"])
         front = [*self.key, *(c for c in table if c not in self.key and c not in self.run.row)]
         front = [c for c in front if c in table]  # the sweep first, the provenance last
         table = table[[*front, *(c for c in table if c not in front)]]
