@@ -24,6 +24,7 @@ def _provide_support(files):
     """Find effarch in the repository or among the installed packages; else write `files` beside the notebook.
 
     A file that you have edited there since is left as it is."""
+    import importlib
     import json
     import sys
     from hashlib import sha256
@@ -35,7 +36,8 @@ def _provide_support(files):
     note = here / "effarch" / ".written.json"
     if home or not note.exists():
         sys.path[:0] = [str(home)] if home and str(home) not in sys.path else []
-        if find_spec("effarch"):
+        found = find_spec("effarch")
+        if found and found.origin and all((Path(found.origin).parents[1] / name).exists() for name in files):
             return print("effarch is here: nothing to write")
     sys.path[:0] = [str(here)] if str(here) not in sys.path else []
     written = json.loads(note.read_text()) if note.exists() else {}
@@ -49,6 +51,7 @@ def _provide_support(files):
         path.write_text(text, encoding="utf-8")
         written[name] = digest(text)
     note.write_text(json.dumps(written, indent=1))
+    importlib.invalidate_caches()  # the folder may have been looked at before it was there
     print(f"effarch: {len(files)} files written beside this notebook")
 
 
