@@ -2,7 +2,13 @@
 # Run every notebook for the device at hand, or test the repository:  ./run_all.sh [test] [options]
 # The options are explained by  ./run_all.sh --help.  Needs Linux or macOS and Python 3.11 or newer.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+unset CDPATH
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do  # called through a symbolic link
+  target=$(readlink "$script")
+  case "$target" in /*) script=$target ;; *) script=$(dirname "$script")/$target ;; esac
+done
+here=$(cd "$(dirname "$script")" && pwd)
 
 fail() { echo "run_all.sh: $1" >&2; exit 2; }
 
@@ -27,7 +33,7 @@ command -v "$starter" >/dev/null || fail "there is no $starter; install Python 3
   || fail "$starter is older than Python 3.11; name a newer one with --python"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # bad options are refused before anything is installed
-"$starter" -m lab.run --check-only "$@" || exit $?
+"$starter" -P -m lab.execute --check-only "$@" || exit $?
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 if [ -z "$python" ]; then
@@ -44,4 +50,4 @@ if [ -z "$python" ]; then
     fi
   done
 fi
-exec "$python" -m lab.run "$@"
+exec "$python" -P -m lab.execute "$@"

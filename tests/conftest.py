@@ -16,16 +16,21 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-PARAMETERS = '''MODE = "auto"  # auto, gpu, cpu or smoke
+PARAMETERS = '''MODE = "auto"  # auto, quick, full or smoke
 SEED = 0  # of every generator
 OUT: str | None = None  # folder for results/ and figures/
 RESUME = True  # continue an interrupted run
-STEPS: int | None = None  # rounds; None: by the mode
+SECONDS: float | None = None  # most seconds of one comparison; None: 4 quick, 20 full
+STEPS: int | None = None  # rounds; None: 2 quick, 3 full, 2 smoke
 LABEL = "x"  # any text
 RATE = 0.5  # between 0 and 1'''
+START = '''import matplotlib.pyplot as plt
 
+from effarch.bench import Table, count, save_figure, start
 
-SLOW = ("test_smoke", "test_survival", "test_run")  # whole runs, up to minutes each
+run = start("ssm/{name}", globals(), STEPS=count(quick=2, full=3, smoke=2))'''
+
+SLOW = ("test_smoke", "test_survival", "test_execute", "test_package")  # whole runs, up to minutes each
 
 
 def pytest_collection_modifyitems(items):
@@ -36,35 +41,66 @@ def pytest_collection_modifyitems(items):
     items[:] = slow[::2] + rest[:half] + slow[1::2] + rest[half:]
 
 
-def tiny_notebook(path, *cells, kernel="python3"):
-    """Write a notebook with the shared cells, the parameters above, and the given code cells."""
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}})
-    parameters = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
-    nb.cells = [parameters]
-    for name in ("environment", "measure", "results", "figures", "claims"):
-        source = f"#@title {name} · copied from lab/cells/{name}.py"
-        nb.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": ["definitions"]}))
-    nb.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+def new_notebook(*cells, kernel="python3", **metadata):
+    """A notebook of cells given as code, (tag, code) or (tag, markdown that begins with #)."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}})
+    if metadata:
+        notebook.metadata["effarch"] = metadata
+    for cell in cells:
+        tag, source = cell if isinstance(cell, tuple) else ("", cell)
+        new = nbformat.v4.new_markdown_cell if source.startswith("# ") else nbformat.v4.new_code_cell
+        notebook.cells.append(new(source, metadata={"tags": [tag]} if tag else {}))
+    return notebook
+
+
+def tiny_notebook(path, *cells, **words):
+    """Write a notebook of the usual anatomy: title, glance, the parameters above, an empty support cell, `run = start(…)`,
+    then the given cells (see `new_notebook`)."""
+    front = ["# A tiny question?", ("glance", "# nothing yet"), ("parameters", PARAMETERS), ("support", ""),
+             START.format(name=path.stem)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nb, path)
+    nbformat.write(new_notebook(*front, *cells, **words), path)
+
+
+# what stands in for the report in a small project: it notes that it was asked for
+REPORT = '''"""A report that is one file."""
+
+
+def write(root):
+    """Write it; the files written."""
+    path = root / "results" / "report.html"
+    path.write_text("the report")
+    return [path]
+'''
 
 
 @pytest.fixture
 def project(tmp_path):
     """A copy of the machinery with no notebooks in it: (folder, run) where run(*words) calls run_all.sh."""
     folder = tmp_path / "project"
-    shutil.copytree(ROOT / "lab", folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
+    folder.mkdir()
+    clutter = shutil.ignore_patterns("__pycache__")
+    for name in ("lab", "effarch"):
+        shutil.copytree(ROOT / name, folder / name, ignore=clutter)
+    shutil.rmtree(folder / "lab/report")
+    (folder / "lab/report.py").write_text(REPORT)
     shutil.copy(ROOT / "run_all.sh", folder)
     for suite in ("ssm", "vlm"):
         (folder / suite).mkdir()
 
-    def run(*words, **kwargs):
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        subprocess.run([sys.executable, "-m", "lab.sync_cells"], cwd=folder, check=True, capture_output=True)
-        return subprocess.run(["bash", "run_all.sh", "--python", sys.executable, *words], cwd=folder,
-                              capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+    def run(*words, script="run_all.sh", **kwargs):
+        kwargs = dict(cwd=folder, env=clean_environment()) | kwargs
+        return subprocess.run(["bash", str(script), "--python", sys.executable, *words], capture_output=True, text=True,
+                              timeout=300, **kwargs)
 
     return folder, run
+
+
+def clean_environment(**more):
+    """This process's environment without what would let a process find the repository or lose its figures."""
+    hidden = ("PYTHONPATH", "MPLBACKEND", "EFFARCH_PROCESS", "EFFARCH_SECONDS_SHARE")
+    return {k: v for k, v in os.environ.items() if k not in hidden} | more
 
 
 def read_json(path):

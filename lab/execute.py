@@ -2,11 +2,14 @@
 
 A notebook runs in a staging folder of its own. Only a whole run is moved to results/ and figures/, so a
 failing or interrupted one touches no earlier result; started again, it continues where it stopped.
+With `--repeat N` it runs in N processes there, whose times `effarch.bench` pools.
 """
 
 import argparse
 import ast
+import base64
 import fcntl
+import io
 import json
 import logging
 import os
@@ -16,9 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+from lab.plan import QUICK_LIMIT, Cost, Plan, cost, this_device, told
+
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("ssm", "vlm")
-MODES = ("auto", "gpu", "cpu", "smoke")
+MODES = ("auto", "quick", "full", "smoke")
 CELL_TIMEOUT_S = {"smoke": 600}  # other modes: an hour a cell
 
 
@@ -38,15 +43,22 @@ def parse(argv):
     parser = Parser(prog="./run_all.sh", description="Run every notebook, or `test`: lint and all tests.",
                     allow_abbrev=False)  # run_all.sh knows whole names only
     parser.add_argument("action", nargs="?", choices=["run", "test"], default="run")
-    parser.add_argument("--mode", choices=MODES, default="auto", help="sizes to run (default: by the device)")
+    parser.add_argument("--mode", choices=MODES, default="auto",
+                        help="how thorough: quick (the default on a CPU, all notebooks within 40 minutes), full (the "
+                        "default on a GPU; what gets published), smoke (seconds; every path, no results)")
     parser.add_argument("--only", action="append", metavar="ssm|vlm|NAME", help="a suite or notebook; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", dest="settings",
                         help="a notebook parameter; repeatable")
     parser.add_argument("--out", metavar="DIR", help="where results/ and figures/ go (default: here; "
                         "smoke: .scratch)")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N",
+                        help="processes of each notebook, whose times are pooled (published results: at least 3)")
     parser.add_argument("--python", metavar="PY", help="run in this interpreter's environment, without .venv")
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.repeat < 1:
+        raise UsageError(f"--repeat {options.repeat}: a whole number of at least 1")
+    return options
 
 
 def find_notebooks(only=None):
@@ -61,9 +73,14 @@ def find_notebooks(only=None):
     return [path for path in every if {path.stem, path.parent.name} & set(only)]
 
 
+def read(path):
+    """A notebook's JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def parameters(path):
     """{name: (default, annotation)} of the cell tagged `parameters`, read without running anything."""
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    for cell in read(path)["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             body = ast.parse("".join(cell["source"])).body
             plain = {n.targets[0].id: (ast.literal_eval(n.value), None) for n in body if isinstance(n, ast.Assign)}
@@ -92,6 +109,15 @@ def parse_value(name, text, default, annotation):
     return list(value) if isinstance(value, tuple) else value
 
 
+def from_here(name, value):
+    """A folder given as MODEL_ID or DATASET, relative to the caller's folder, as the notebooks will find it from ROOT."""
+    kind, colon, path = value.rpartition(":") if isinstance(value, str) and name.endswith("DATASET") else ("", "", value)
+    if not name.endswith(("MODEL_ID", "DATASET")) or not path or not isinstance(path, str) or path[0] in "/~":
+        return value
+    given = kind == "imagefolder" or path[0] == "."  # else it may be a hub's id, or the name of a data set
+    return kind + colon + os.path.relpath(path, ROOT) if given or os.path.isdir(path) else value
+
+
 def settings_for(notebooks, settings):
     """[{name: value} of each notebook]; every setting must fit a parameter of at least one of them."""
     known = [parameters(path) for path in notebooks]
@@ -107,13 +133,13 @@ def settings_for(notebooks, settings):
             raise UsageError(f"--set {setting}: no such parameter; there are: {', '.join(names)}")
         for names, values in zip(known, chosen, strict=True):
             if name in names:
-                values[name] = parse_value(name, text, *names[name])
+                values[name] = from_here(name, parse_value(name, text, *names[name]))
     return chosen
 
 
 def check_environment(options):
-    """Everything that must be installed is; a GPU run has a GPU."""
-    wanted = ["torch", "papermill", "nbconvert", "ipykernel", "matplotlib", "pandas"]
+    """Everything that must be installed is."""
+    wanted = ["torch", "papermill", "ipykernel", "matplotlib", "pandas", "scipy", "PIL"]
     if options.action == "test":
         wanted += ["pytest", "ruff"]
     probe = f"import importlib.util as u; print(*[m for m in {wanted} if not u.find_spec(m)])"
@@ -121,11 +147,6 @@ def check_environment(options):
     if missing:
         raise UsageError(f"{sys.executable} lacks {', '.join(missing)}; install requirements.txt there, "
                          "or leave --python out")
-    if options.mode == "gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError("--mode gpu: no CUDA device found")
 
 
 def lock(folder):
@@ -155,13 +176,13 @@ def execute(path, values, mode, staging):
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    copy = staging / path.name
     names = parameters(path)
     place = os.path.relpath(staging, ROOT)  # the executed copy names no folder of this machine
     given = {k: v for k, v in dict(MODE=mode, OUT=place).items() if k in names} | values
+    source, copy = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, staging / path.name))  # it formats them
     try:
         papermill.execute_notebook(
-            str(path), str(copy), parameters=given, cwd=str(ROOT), kernel_name="python3", progress_bar=False,
+            source, copy, parameters=given, cwd=str(ROOT), kernel_name="python3", progress_bar=False,
             log_output=True, execution_timeout=CELL_TIMEOUT_S.get(mode, 3600))
     except papermill.PapermillExecutionError as error:
         return "failed", f"{error.ename}: {error.evalue}"
@@ -172,22 +193,39 @@ def execute(path, values, mode, staging):
 
 
 def tidy(copy):
-    """Drop what changes from run to run: papermill's and the widgets' metadata."""
+    """Make the executed copy a thing to read: without what changes from run to run, without the support code."""
     import nbformat
 
     notebook = nbformat.read(copy, as_version=4)
     for part in (notebook, *notebook.cells):
         for key in ("papermill", "widgets", "execution"):
             part.metadata.pop(key, None)
+    for cell in notebook.cells:
+        if "support" in cell.metadata.get("tags", []):
+            title = cell.source.split("\n", 1)[0]
+            cell.source = f"{title}\n# left out of this executed copy: the package effarch/ of the repository"
+        for output in cell.get("outputs", []):
+            shrink(output.get("data", {}))
     nbformat.write(notebook, copy)
 
 
-def render(copy):
-    """The executed notebook as one HTML page beside it."""
-    from nbconvert import HTMLExporter
+def shrink(data):
+    """Give an output's PNG a palette of 256 colours, or make a large one (photographs) a JPEG, where that is smaller."""
+    from PIL import Image
 
-    page, _ = HTMLExporter().from_filename(str(copy))
-    copy.with_suffix(".html").write_text(page, encoding="utf-8")
+    if "image/png" not in data:
+        return
+    raw = base64.b64decode(data["image/png"])
+    image = Image.open(io.BytesIO(raw)).convert("RGB")
+    packed, photo = io.BytesIO(), io.BytesIO()
+    image.quantize(256, dither=Image.Dither.NONE).save(packed, format="PNG", optimize=True)
+    image.save(photo, format="JPEG", quality=82, optimize=True)
+    packed, photo = packed.getvalue(), photo.getvalue()
+    if len(packed) > 150_000 and len(photo) < len(packed) / 2:
+        del data["image/png"]
+        data["image/jpeg"] = base64.b64encode(photo).decode()
+    elif len(packed) < len(raw):
+        data["image/png"] = base64.b64encode(packed).decode()
 
 
 def move_into_place(staging, out, place):
@@ -217,8 +255,10 @@ def move_into_place(staging, out, place):
         raise
 
 
-def run_one(path, values, mode, out):
-    """Execute a notebook and file what it made. Returns (status, message, where)."""
+def run_one(path, values, mode, out, repeat=1):
+    """Execute a notebook, in `repeat` processes one after the other, and file what it made.
+
+    Returns (status, message, where)."""
     suite = path.parent.name
     staging = out / ".staging" / path.stem
     staging.mkdir(parents=True, exist_ok=True)
@@ -228,7 +268,13 @@ def run_one(path, values, mode, out):
         seed = staging / old.relative_to(out)
         seed.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(old, seed)
-    status, message = execute(path, values, mode, staging)
+    for i in range(repeat):
+        os.environ["EFFARCH_PROCESS"] = f"{i}/{repeat}"
+        if repeat > 1:
+            print(f"-- process {i + 1}/{repeat} --", flush=True)
+        status, message = execute(path, values, mode, staging)
+        if status != "ok":
+            break
     copy, failed = staging / path.name, out / "results" / suite / f"{path.stem}.failed.ipynb"
     if status != "ok":
         try:
@@ -241,11 +287,27 @@ def run_one(path, values, mode, out):
     where = next((p.parent for p in (staging / "results").rglob(f"{path.stem}.env.json")), staging / "results" / suite)
     where.mkdir(parents=True, exist_ok=True)
     os.replace(copy, where / path.name)
-    render(where / path.name)
     move_into_place(staging, out, where.relative_to(staging / "results"))
     shutil.rmtree(staging)
     failed.unlink(missing_ok=True)
     return status, "", out / where.relative_to(staging)
+
+
+def make_plan(options, notebooks, out):
+    """(mode, Plan) of a run, printed."""
+    mode = options.mode if options.mode != "auto" else "full" if this_device()[2] else "quick"
+    costs = [cost(path, mode, {out, ROOT}) for path in notebooks]
+    costs = [Cost(*(options.repeat * minutes for minutes in c)) for c in costs]
+    free = any(setting.startswith("SECONDS=") for setting in options.settings)
+    plan = Plan(costs, QUICK_LIMIT * options.repeat if mode == "quick" and not free else None)
+    pooled = f", {options.repeat} processes each" if options.repeat > 1 else ""
+    print(f"{mode} mode{pooled}: {len(notebooks)} notebooks, about {told(sum(c.at(plan.share) for c in costs))}")
+    for path, c in zip(notebooks, costs, strict=True):
+        print(f"  {path.relative_to(ROOT).as_posix():<36} {told(c.at(plan.share)):>8}")
+    if plan.share < 1:
+        print(f"comparisons take {plan.share:.0%} of their usual time, so that all notebooks end within "
+              f"{told(plan.limit)}: intervals are wider")
+    return mode, plan
 
 
 def run(options):
@@ -260,24 +322,28 @@ def run(options):
     papermill_log = logging.getLogger("papermill")
     papermill_log.setLevel(logging.INFO)
     papermill_log.addFilter(is_cell_output)
+    mode, plan = make_plan(options, notebooks, out)
     rows = []
-    for path, values in zip(notebooks, chosen, strict=True):
-        print(f"\n== {path.relative_to(ROOT)} ==", flush=True)
+    for i, (path, values) in enumerate(zip(notebooks, chosen, strict=True), 1):
+        share, minutes, left = plan.next()
+        os.environ["EFFARCH_SECONDS_SHARE"] = f"{share:.2f}"
+        print(f"\n== {i}/{len(notebooks)} {path.relative_to(ROOT).as_posix()}: about {told(minutes)}, "
+              f"{told(left)} left ==", flush=True)
         begin = time.monotonic()
         try:
-            status, message, where = run_one(path, values, options.mode, out)
+            status, message, where = run_one(path, values, mode, out, options.repeat)
         except Exception as error:  # a full disk, say: what is finished lies in the staging folder, the others still run
             status, message, where = "failed", f"{type(error).__name__}: {error}", out / ".staging" / path.stem
-        minutes = f"{(time.monotonic() - begin) / 60:.1f}"
-        rows.append((path.stem, status, minutes, os.path.relpath(where)))
+        taken = f"{(time.monotonic() - begin) / 60:.1f}"
+        rows.append((path.stem, status, taken, os.path.relpath(where)))
         if message:
             print(f"{path.stem} failed: {message}", file=sys.stderr, flush=True)
     held.close()
     print()
-    for row in [("notebook", "status", "minutes", "results"), *rows]:
+    for row in [("notebook", "status", "minutes", "where"), *rows]:
         print("{:<24} {:<8} {:>7}  {}".format(*row))
     failed = any(row[1] != "ok" for row in rows)
-    if not failed and out == ROOT and options.mode != "smoke":
+    if not failed and out == ROOT and mode != "smoke":
         failed = not write_report()
     return int(failed)
 
@@ -304,6 +370,9 @@ def test():
 
 def main(argv=None):
     """Command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still shows the rest
     try:
         options = parse(argv)
         if options.check_only:
