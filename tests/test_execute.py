@@ -594,8 +594,8 @@ def test_an_executed_copy_is_for_reading(tmp_path):
     notebook = new_notebook("# A question?", ("support", "#@title Support code: x\n" + "a = 1\n" * 2000), "x = 1")
     notebook.metadata["papermill"], notebook.metadata["widgets"] = dict(duration=1), dict(state={})
     for cell in notebook.cells:
-        cell.metadata["papermill"] = cell.metadata["execution"] = dict(begin=1)
-    chart, photo = png(300, 0), png(700, 30)
+        cell.metadata["papermill"], cell.metadata["execution"] = dict(begin=1), {"iopub.status.busy": "2026-01-01"}
+    chart, photo = png(300, 0), png(700, 10)
     for picture in (chart, photo):
         notebook.cells[2].outputs.append(nbformat.v4.new_output("display_data", {"image/png": picture, "text/plain": "fig"}))
     notebook.cells[1].outputs.append(nbformat.v4.new_output("stream", text="effarch is here: nothing to write\n"))

@@ -16,7 +16,8 @@ from conftest import ROOT, read_json
 # A line names a folder, and optionally a day: a fork of the loaded process sweeps there. The next line waits for its end.
 SWEEP = """import os, sys, time; sys.path.insert(0, {root!r})
 from datetime import datetime, timedelta
-from lab.cells import environment, measure, results
+from effarch.bench import Table, compare, start
+from effarch.bench import run as run_module
 
 class Backwards(datetime):
     # every look at it is an hour earlier than the last
@@ -30,14 +31,14 @@ class Backwards(datetime):
 def sweep(folder, day=None):
     if day:
         Backwards.day_of_month = int(day)
-        environment.datetime = Backwards
-    run = environment.start_run("ssm", "demo", "smoke", 0, folder)
-    tables = [results.Table(run, name, ["i"]) for name in ("first", "second")]
+        run_module.datetime = Backwards
+    run = start("ssm/demo", dict(MODE="smoke", SEED=0, OUT=folder, RESUME=True, SECONDS=None))
+    tables = [Table(run, name, ["i", "half"]) for name in ("first", "second")]
     print("ready", flush=True)
     for table in tables:
         for i in range(60):
             if not table.has(i=i):
-                ms = measure.compare({{"case": lambda: time.sleep(0.004)}}, rounds=1, warmup=1)["case"]["raw_ms"]
+                ms = compare({{"case": lambda: time.sleep(0.004)}}, rounds=1, warmup=1)["case"]["raw_ms"]
                 table.add([dict(i=i, half=h, square=i * i, slept_ms=ms[0], raw_ms=[i, i + 0.5]) for h in (0, 1)])
         table.save()
     run.finish()
@@ -100,27 +101,34 @@ def assert_same_tables(expected, got):
         pd.testing.assert_frame_equal(expected[name], got[name])
 
 
+def journaled(folder):
+    """Lines in the journals of an unfinished run."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.rglob(".demo.*.journal"))
+
+
 def test_sigkill_at_twenty_random_moments(sweeper, tmp_path):
     start, end = sweeper
     undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
     start(undisturbed)
-    begin = time.monotonic()
     assert "finished" in end()[1]
-    seconds = time.monotonic() - begin
     (csv,) = undisturbed.rglob("first.csv")
     earlier = disturbed / csv.relative_to(undisturbed)
     earlier.parent.mkdir(parents=True)
     earlier.write_text("an earlier result\n")
-    moments, kills, continued = random.Random(0), 0, 0
+    moments, kills = random.Random(0), 0
     while kills < 20:
+        there = journaled(disturbed)
         process, said = start(disturbed)
-        continued += "continuing an interrupted run" in said
-        time.sleep(moments.uniform(0, seconds / 8))
+        assert ("going on with" in said) == (there > 2), "more than the first line of each of two journals"
+        wanted, delay = there + moments.randint(1, 8), moments.uniform(0, 0.01)
+        while there <= journaled(disturbed) < wanted:  # it may end meanwhile: the journals are gone, the next one begins anew
+            time.sleep(0.001)
+        time.sleep(delay)
         os.kill(process, signal.SIGKILL)
-        kills += end()[0] == -signal.SIGKILL  # a run that was over first is none; the next one begins anew
+        kills += end()[0] == -signal.SIGKILL and journaled(disturbed) > 0
         assert earlier.read_text() == "an earlier result\n" or len(pd.read_csv(earlier)) == 120
     start(disturbed)
-    assert "finished" in end()[1] and continued >= 10
+    assert "finished" in end()[1]
     assert_same_tables(tables(undisturbed), tables(disturbed))
 
 
@@ -130,26 +138,27 @@ def test_a_clock_that_runs_backwards_loses_nothing(sweeper, tmp_path):
     undisturbed, backwards = tmp_path / "a", tmp_path / "b"
     start(undisturbed)
     assert "finished" in end()[1]
-    process, _ = start(backwards, 20)
-    (journal,) = backwards.rglob(".demo.first.journal")
-    while journal.read_bytes().count(b"\n") < 5:
-        time.sleep(0.01)
-    os.kill(process, signal.SIGKILL)
-    assert end()[0] == -signal.SIGKILL
+    while True:
+        process, _ = start(backwards, 20)
+        while 0 < journaled(backwards) < 6:
+            time.sleep(0.001)
+        os.kill(process, signal.SIGKILL)
+        if end()[0] == -signal.SIGKILL and journaled(backwards):
+            break  # else it ended first: a machine that stopped this test for long
     _, said = start(backwards, 19)
-    assert "continuing an interrupted run" in said and "finished" in end()[1]
+    assert "going on with" in said and "finished" in end()[1]
     assert_same_tables(tables(undisturbed), tables(backwards))
     (csv,), (facts,) = backwards.rglob("first.csv"), backwards.rglob("demo.env.json")
     frame, facts = pd.read_csv(csv), read_json(facts)
-    assert frame["utc_time"].is_monotonic_decreasing and frame["utc_time"].nunique() == 2, "rows of both runs"
-    assert facts["finished_utc"] < facts["utc_time"] and 0 < facts["seconds"] < 60
-    assert frame["slept_ms"].between(4, 1000).all(), "durations come from another clock"
+    assert frame["utc_time"].is_monotonic_decreasing and frame["utc_time"].iloc[0] > "2026-01-19T", "rows of both runs"
+    assert facts["finished_utc"] < facts["utc_time"] and facts["seconds"] > 0
+    assert (frame["slept_ms"] >= 4).all(), "durations come from another clock"
 
 
 FULL = """import resource, signal, sys; sys.path.insert(0, {root!r})
-from lab.cells import environment, results
-run = environment.start_run("ssm", "demo", "smoke", 0, sys.argv[1])
-table = results.Table(run, "t", ["i"])
+from effarch.bench import Table, start
+run = start("ssm/demo", dict(MODE="smoke", SEED=0, OUT=sys.argv[1], RESUME=True, SECONDS=None))
+table = Table(run, "t", ["i"])
 for i in range(3):
     if not table.has(i=i):
         table.add(dict(i=i))
@@ -170,7 +179,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path):
     assert not list(tmp_path.rglob("*.csv"))
     again = subprocess.run([*words, "free"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "continuing an interrupted run, 3 rows" in again.stdout
+    assert "t: going on with 3 rows of an interrupted run" in again.stdout
     (csv,) = tmp_path.rglob("t.csv")
     assert pd.read_csv(csv)["i"].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -178,17 +187,17 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path):
 # root may write everywhere: it becomes nobody, once all is imported (nobody may not look into every checkout)
 NOBODY = """import os, sys; sys.path.insert(0, {root!r})
 from pathlib import Path
-from lab import run as runner
-from lab.cells import environment, results
+from effarch import bench
+from lab import execute as runner
 runner.check_environment = lambda options: None  # it starts Python, which nobody may not find
 if os.geteuid() == 0:
     os.setuid(65534)
 out = Path(sys.argv[1])
 print(next(out.rglob("earlier.csv")).read_text(), end="", flush=True)
 if sys.argv[2] == "notebook":
-    environment.start_run("ssm", "demo", "smoke", 0, out)
+    bench.start("ssm/demo", dict(MODE="smoke", SEED=0, OUT=str(out), RESUME=True, SECONDS=None))
 elif sys.argv[2] == "table":
-    results.write_csv(next(out.rglob("earlier.csv")), results.pd.DataFrame(dict(i=[1])))
+    bench.write_csv(next(out.rglob("earlier.csv")), bench.tables.pd.DataFrame(dict(i=[1])))
 else:
     sys.exit(runner.main(["--mode", "smoke", "--out", str(out)]))
 """
