@@ -20,6 +20,11 @@ def statements():
         return {row["id"]: row for row in csv.DictReader(file)}
 
 
+def together(*holds):
+    """The verdict on a claim of several parts, each True, False or None as `decide` says: all of them must hold."""
+    return NOT_SUPPORTED if False in holds else SUPPORTED if all(holds) else UNDECIDED
+
+
 class Claims:
     """Verdicts of one notebook: `judge` or `skip` each claim, `save` at the end.
 

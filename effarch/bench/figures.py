@@ -1,6 +1,7 @@
 """One family of figures: colour-blind-safe, marked as well as coloured, each saying where it comes from."""
 
 import io
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,6 +34,12 @@ def power_ticks(axis, values):
 def interval_bars(table, column):
     """(2, rows): distances from a column to its _low and _high, as errorbar's xerr or yerr wants them."""
     return [(table[column] - table[f"{column}_low"]).clip(lower=0), (table[f"{column}_high"] - table[column]).clip(lower=0)]
+
+
+def pareto_front(points):
+    """The names in {name: (cost, error)} that no other beats in both, the cheapest first; points with a NaN are left out."""
+    ranked = sorted((name for name in points if all(map(math.isfinite, points[name]))), key=points.get)
+    return [name for i, name in enumerate(ranked) if all(points[name][1] < points[other][1] for other in ranked[:i])]
 
 
 def save_figure(run, fig, name, alt, n=None, photo=False):

@@ -102,6 +102,17 @@ class Table:
         """The rows (dicts) whose columns have these values."""
         return [row for row in self.rows if all(row.get(k) == v for k, v in where.items())]
 
+    def ratio(self, one, other, name="variant", **where):
+        """Estimate of the time of case `one` over that of `other` in the comparison `where`; NaN if either has no times.
+
+        ValueError if `where` does not name one comparison."""
+        raw = []
+        for case in (one, other):
+            found = [row["raw_ms"] for row in self.find(**where, **{name: case}) if row.get("raw_ms")]
+            check(len(found) < 2, "where", where, "columns that leave one row of each case")
+            raw += found
+        return ratio_interval(*raw) if len(raw) == 2 else Estimate(UNKNOWN)
+
     def has(self, **where):
         """Whether this code has already made rows with these values, so that they need not be made again.
 

@@ -49,6 +49,25 @@ def status_of(error):
     return "oom" if oom else f"error: {lines[0][:120]}"
 
 
+def one_pass(model, x, kind="forward"):
+    """A callable for `compare`: one pass of a layer on the input x.
+
+    kind: 'forward' (in inference mode) or 'forward+backward' (the gradients of x and of all trained weights, for a
+    gradient of ones)."""
+    check(kind in ("forward", "forward+backward"), "kind", kind, "forward, forward+backward")
+
+    def forward():
+        with torch.inference_mode():
+            return model(x)
+
+    def training():
+        leaf = x.detach().requires_grad_()
+        y, weights = model(leaf), [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(y, [leaf, *weights], torch.ones_like(y), allow_unused=True)[0]
+
+    return forward if kind == "forward" else training
+
+
 def attempt(fn, device):
     """Run once. 'ok', 'oom', 'nan' (a non-finite output) or 'error: …': a fault is a row, not a crash."""
     try:
