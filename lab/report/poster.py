@@ -1,12 +1,13 @@
 """results/poster.pdf: one A1 page for a wall, landscape, legible from two metres. Sizes are in inches and points."""
 
 import io
+import re
 
 import matplotlib
 
-from lab import poster_charts
-from lab import report as text
-from lab.cells.figures import PALETTE
+from effarch.bench.figures import PALETTE
+from lab.report import charts, text
+from lab.report.select import Missing
 
 WIDTH, HEIGHT = 33.11, 23.39
 MARGIN, GAP = 0.7, 0.45
@@ -16,18 +17,20 @@ INK, SOFT = "#1c2126", "#4d5761"
 QUESTION = ("How cheap can a Mamba-like sequence layer get, and how few vision tokens does CLIP need? "
             "We measured what an earlier report claimed, built what should work better, and compared both fairly.")
 METHOD = ("Method: every comparison runs in one process on the same input, interleaved round by round; the fast form "
-          "is first proved equal to the naive one. In parentheses: 95 % intervals. Numbers come from CSV files.")
+          "is first proved equal to the naive one. In parentheses: 95 % intervals. A verdict uses the whole interval.")
 REFERENCES = ("References: Mamba, Gu & Dao, arXiv:2312.00752 · Mamba-2 (SSD), Dao & Gu, arXiv:2405.21060 · S4D, Gu et al., "
               "arXiv:2206.11893 · Octave convolution, Chen et al., arXiv:1904.05049 · Laughing Hyena, Massaroli et al., "
               "arXiv:2310.18780 · CLIP, Radford et al., arXiv:2103.00020 · Token merging, Bolya et al., arXiv:2210.09461 · "
               "EViT, Liang et al., arXiv:2202.07800")
 # suite, caption, chart: drawn for the first device (a GPU where there is one) that has the CSV
-CHARTS = [("ssm", "What runs when: channels over time", poster_charts.designs),
-          ("ssm", "Several rates: time relative to the baseline", poster_charts.rates),
-          ("ssm", "A scan against attention: time over length", poster_charts.scan),
-          ("ssm", "A long convolution, distilled: cost of a token", poster_charts.distilled),
-          ("vlm", "Fewer tokens: answers kept over compute", poster_charts.tokens),
-          ("vlm", "Half the multiply-adds: time of the whole encoder", poster_charts.clock)]
+CHARTS = [("ssm", "What runs when: channels over time", charts.designs),
+          ("ssm", "Several rates: time relative to the baseline", charts.rates),
+          ("ssm", "A Mamba-2 layer against attention: time over length", charts.layers),
+          ("ssm", "A long convolution, distilled: cost of a token", charts.distilled),
+          ("vlm", "Fewer tokens: answers kept over compute", charts.tokens),
+          ("vlm", "Half the multiply-adds: time of the whole encoder", charts.clock)]
+ANSWERS = [key for key, *_ in charts.HEADLINES]
+VERDICT_COLOURS = [PALETTE[2], PALETTE[1], PALETTE[4], "#9aa4ae"]
 
 
 def text_width(words, size, weight="normal"):
@@ -79,18 +82,27 @@ def height(size):
     return 1.28 * size / 72
 
 
+def authors(root):
+    """The authors as CITATION.cff names them; '' without the file."""
+    path = root / "CITATION.cff"
+    names = re.findall(r"^  - (?:name: (.+)|family-names: (.+)\n    given-names: (.+))$",
+                       path.read_text(encoding="utf-8") if path.exists() else "", re.M)
+    return ", ".join(name or f"{given} {family}" for name, family, given in names)
+
+
 def draw_header(page, report):
     """Title, question, method; on the right the claims in numbers. Returns the y below."""
     left = WIDTH - 2 * MARGIN - 9.2
     y = page.lines(["Efficient Architectures"], MARGIN, MARGIN, 76, "bold")
+    y = page.paragraph(authors(report.root), MARGIN, y + 0.05, left, SMALLEST, color=SOFT)
     y = page.paragraph(QUESTION, MARGIN, y + 0.1, left, 32)
     y = page.paragraph(METHOD, MARGIN, y + 0.12, left, 24, color=SOFT)
     x, top = WIDTH - MARGIN - 8.6, MARGIN
     top = page.lines(["Claims of the original report"], x, top, 32, "bold") + 0.1
     for suite, counts in text.verdict_counts(report.claims).items():
         top = page.lines([f"{text.SUITES[suite]}, {sum(counts.values())} claims"], x, top, 26, color=SOFT)
-        colours, begin = [PALETTE[2], PALETTE[1], "#9aa4ae"], x
-        for n, colour in zip(counts.values(), colours, strict=True):
+        begin = x
+        for n, colour in zip(counts.values(), VERDICT_COLOURS, strict=True):
             share = 8.6 * n / max(sum(counts.values()), 1)
             axes = page.figure.add_axes([begin / WIDTH, 1 - (top + 0.3) / HEIGHT, share / WIDTH, 0.3 / HEIGHT])
             axes.set_facecolor(colour)
@@ -103,10 +115,13 @@ def draw_header(page, report):
 
 
 def finding_lines(row, size, device):
-    """(question, answer) of a finding as wrapped lines for the left column; device: named above all of them."""
-    notes = [row["device"]] * (row["device"] != device) + [f"n\u00a0=\u00a0{text.number(row['n'])}"] * (not text.pd.isna(row["n"]))
-    question = wrap(row["question"], size + 2, COLUMN, "bold")
-    return question, wrap(row["answer"] + (f" [{', '.join(notes)}]" if notes else ""), size, COLUMN)
+    """[(lines, points, weight, colour)] of a finding in the left column: the question, the verdict in bold, and of the
+    three answers of the README the sentence with its number. device: named above all of them."""
+    verdict, sentence = text.answer_parts(row["answer"])
+    verdict += "" if row["device"] == device else f" [{row['device']}]"
+    parts = [(row["question"], size, "normal", SOFT), (verdict, size + 2, "bold", INK)]
+    parts += [(sentence, size, "normal", INK)] if row["key"] in ANSWERS else []
+    return [(wrap(words, points, COLUMN, weight), points, weight, colour) for words, points, weight, colour in parts]
 
 
 def draw_findings(page, report, y, bottom):
@@ -122,54 +137,65 @@ def draw_findings(page, report, y, bottom):
     while rows:
         size = sizes.pop(0) if sizes else SMALLEST
         lines = [finding_lines(row, size, device) for row in rows]
-        heights = [len(q) * height(size + 2) + len(a) * height(size) for q, a in lines]
+        heights = [sum(len(part) * height(points) for part, points, *_ in parts) for parts in lines]
         if y + sum(heights) + 0.18 * len(rows) <= bottom:
             break
         if not sizes:  # too much at the smallest size: the last finding of the suite with the most has to go
-            suites = [row["suite"] for row in rows]
+            suites = [row["suite"] for row in rows if row["key"] not in ANSWERS]
             most = max(dict.fromkeys(suites), key=suites.count)
-            rows.pop(len(rows) - 1 - suites[::-1].index(most))
+            rows.remove([row for row in rows if row["suite"] == most and row["key"] not in ANSWERS][-1])
     gap = min(0.6, max(0.18, (bottom - y - sum(heights)) / len(rows)))
-    for question, words in lines:
-        y = page.lines(question, MARGIN, y, size + 2, "bold")
-        y = page.lines(words, MARGIN, y, size) + gap
+    for parts in lines:
+        for part, points, weight, colour in parts:
+            y = page.lines(part, MARGIN, y, points, weight, colour)
+        y += gap
 
 
-def drawn_chart(report, page, suite, chart, box):
-    """Draw a chart into box (x, y, width, height); returns its footer, or None without a CSV for it."""
-    x, y, width, tall = box
-    with matplotlib.rc_context(poster_charts.STYLE):
-        axes = page.figure.add_axes([x / WIDTH, 1 - (y + tall) / HEIGHT, width / WIDTH, tall / HEIGHT])
-        for place in report.places:
-            table = chart(axes, place) if place.suite == suite else None
-            if table is not None:
-                inside = axes.get_tightbbox(page.figure.canvas.get_renderer()).transformed(page.figure.dpi_scale_trans.inverted())
-                frame = axes.get_window_extent().transformed(page.figure.dpi_scale_trans.inverted())
-                left, below = frame.x0 - inside.x0 + 0.1, frame.y0 - inside.y0 + 0.05
-                right, above = max(0, inside.x1 - frame.x1) + 0.1, max(0, inside.y1 - frame.y1) + 0.05
-                axes.set_position([(x + left) / WIDTH, 1 - (y + tall - below) / HEIGHT,
-                                   (width - left - right) / WIDTH, (tall - below - above) / HEIGHT])
-                return poster_charts.footer(table, place.device)
-        axes.remove()
+def place_for(report, suite, chart):
+    """The first place (a GPU where there is one) that has the rows of a chart, or None."""
+    for place in report.shown_places:
+        if place.suite == suite:
+            try:
+                chart(Page().figure.add_axes([0, 0, 1, 1]), place)
+                return place
+            except Missing:
+                pass
     return None
+
+
+def drawn_chart(place, page, chart, box):
+    """Draw a chart into box (x, y, width, height), its labels included; returns its footer."""
+    x, y, width, tall = box
+    with matplotlib.rc_context(charts.STYLE):
+        axes = page.figure.add_axes([x / WIDTH, 1 - (y + tall) / HEIGHT, width / WIDTH, tall / HEIGHT])
+        chart(axes, place)
+        # how much room do the labels need? Then it is drawn again in what is left
+        inches = page.figure.dpi_scale_trans.inverted()
+        inside = axes.get_tightbbox(page.figure.canvas.get_renderer()).transformed(inches)
+        frame = axes.get_window_extent().transformed(inches)
+        left, below = frame.x0 - inside.x0 + 0.1, frame.y0 - inside.y0 + 0.05
+        right, above = max(0, inside.x1 - frame.x1) + 0.1, max(0, inside.y1 - frame.y1) + 0.05
+        axes.clear()
+        axes.set_position([(x + left) / WIDTH, 1 - (y + tall - below) / HEIGHT,
+                           (width - left - right) / WIDTH, (tall - below - above) / HEIGHT])
+        table = chart(axes, place)
+        axes.get_tightbbox(page.figure.canvas.get_renderer())  # ticks are made when first asked for: in this style
+    return charts.footer(table, place.device)
 
 
 def draw_figures(page, report, y, bottom):
     """The method's diagram and the charts, two columns, on the right."""
-    probe = Page()
-    panels = [(caption, suite, chart) for suite, caption, chart in CHARTS
-              if drawn_chart(report, probe, suite, chart, (0, 0, 10, 5))]
-    if not panels:
-        return
+    panels = [(caption, place_for(report, suite, chart), chart) for suite, caption, chart in CHARTS]
+    panels = [panel for panel in panels if panel[1]]
     left = MARGIN + COLUMN + GAP
     width = (WIDTH - MARGIN - left - GAP) / 2
     space = (bottom - y) / max(2, -(-len(panels) // 2))
-    for i, (caption, suite, chart) in enumerate(panels):
+    for i, (caption, place, chart) in enumerate(panels):
         x, top = left + (i % 2) * (width + GAP), y + i // 2 * space
         below = page.paragraph(caption, x, top, width, 26, "bold", PALETTE[0]) + 0.05
         tall = top + space - below - 0.3 - height(SMALLEST)
-        notes = drawn_chart(report, page, suite, chart, (x, below, width, tall)).split(" · ")
-        if chart is not poster_charts.designs:
+        notes = drawn_chart(place, page, chart, (x, below, width, tall)).split(" · ")
+        if chart is not charts.designs:
             page.lines([", ".join(note for note in notes if not note.startswith(("float", "torch", "commit")))],
                        x, below + tall, SMALLEST, color=SOFT)
 
@@ -186,10 +212,10 @@ def draw(report):
     return page.figure
 
 
-def pdf(report, mark):
-    """The poster as PDF bytes, the same for the same inputs. mark: the fingerprint of what it is made of."""
+def pdf(report):
+    """The poster as PDF bytes, the same for the same inputs, with their fingerprint."""
     out = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         draw(report).savefig(out, format="pdf", metadata={
-            "Title": "Efficient Architectures", "Keywords": mark, "CreationDate": None})
+            "Title": "Efficient Architectures", "Keywords": report.mark, "CreationDate": None})
     return out.getvalue()

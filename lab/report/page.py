@@ -7,10 +7,10 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from lab import report as text
-from lab.cells.claims import VERDICTS
+from effarch.bench.claims import VERDICTS
+from lab.report import text
 
-TEMPLATE = Path(__file__).with_name("report_page.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 MOST_BYTES = 6_000_000
 SIZES = [(1200, 82), (1200, 70), (1000, 60), (800, 50)]  # pixels wide, WebP quality: the first that fits
 
@@ -38,13 +38,14 @@ def embed(figures):
 
 
 def grouped_findings(report):
-    """[{suite, question, answers: [{answer, where, n, source}]}] in the order of the list."""
+    """[{suite, question, answers: [{verdict, sentence, more, where, n, source}]}] in the order of the table."""
     groups = {}
     for row in report.findings.to_dict("records"):
         group = groups.setdefault(row["key"], dict(suite=row["suite"], question=row["question"], answers=[]))
+        verdict, sentence = text.answer_parts(row["answer"])
         group["answers"].append(dict(
-            answer=row["answer"], where=text.where(row), n="" if pd.isna(row["n"]) else text.number(row["n"]),
-            source=f"results/{row['place']}/{row['source']}"))
+            verdict=verdict, sentence=sentence, more=row["more"], source=f"results/{row['place']}/{row['source']}",
+            facts=", ".join(filter(None, [text.where(row), text.repetitions(row)]))))
     return list(groups.values())
 
 
@@ -65,7 +66,7 @@ def figure_groups(report, images):
     groups = {}
     for figure in report.figures:
         uri, width, height = images[figure["path"]]
-        title = figure["path"].stem.replace("_", " ")
+        title = figure["name"].replace("_", " ")
         group = groups.setdefault((figure["suite"], figure["name"]),
                                   dict(suite=figure["suite"], title=title[:1].upper() + title[1:], figures=[]))
         place = figure["place"]
@@ -74,15 +75,13 @@ def figure_groups(report, images):
     return [groups[key] for key in sorted(groups)]
 
 
-def page(report, mark):
-    """The page as text. mark: the fingerprint of what it is made of."""
+def page(report):
+    """The page as text."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    runs = [row | dict(minutes=text.number(row["minutes"]), where=text.where(row),
-                       page=(report.root / "results" / row["place"] / f"{row['notebook']}.html").exists())
-            for row in report.runs.to_dict("records")]
+    runs = [row | dict(minutes=text.number(row["minutes"]), where=text.where(row)) for row in report.runs.to_dict("records")]
     return template.render(
-        mark=mark, suites=text.SUITES, verdicts=VERDICTS, marks=text.MARKS, counts=text.verdict_counts(report.claims),
+        mark=report.mark, suites=text.SUITES, verdicts=VERDICTS, counts=text.verdict_counts(report.claims),
         findings=grouped_findings(report), claims=claim_rows(report), runs=runs,
         figures=figure_groups(report, embed(report.figures)))

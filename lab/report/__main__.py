@@ -1,0 +1,7 @@
+"""`python -m lab.report`."""
+
+import sys
+
+from lab.report import main
+
+sys.exit(main())

@@ -1,0 +1,321 @@
+"""The findings: which rows of which table answer which question. One declarative table, FINDINGS, at the end.
+
+A finding whose rows are missing is absent; if a notebook renames a table or a column, change it here."""
+
+import re
+import warnings
+from dataclasses import dataclass, field
+
+from effarch.bench.intervals import decide
+from lab.report.select import (
+    Ambiguous,
+    Cell,
+    Decided,
+    Errors,
+    Mean,
+    Missing,
+    Start,
+    Times,
+    at_least,
+    begins,
+    rows,
+)
+from lab.report.text import short, with_span
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and its answer: a verdict, then a sentence with one number and its interval, then perhaps `more`.
+
+    number: where the number comes from. limit: what its interval is compared with, by the one rule (`decide`): wholly
+    below it the verdict is `below`, wholly above it `above`, else `undecided`; without a limit it is `above`.
+    beside: further numbers by name. The texts may use {value} (with its interval), {short} (two digits, for the
+    verdict), the names in `beside`, and the words of each number ({length}; of a number beside: {name_length}); a text
+    that names a number which is not there is left out, with `more` first."""
+
+    key: str
+    notebook: str  # suite/name
+    question: str
+    number: object
+    sentence: str
+    above: str = ""
+    below: str = ""
+    undecided: str = "Undecided."
+    limit: float | None = 1.0
+    more: str = ""
+    beside: dict = field(default_factory=dict)
+
+    @property
+    def suite(self):
+        return self.notebook.split("/")[0]
+
+
+def verdict(finding, estimate):
+    """The template of the verdict that the interval gives."""
+    if finding.limit is None:
+        return finding.above
+    return {True: finding.above, False: finding.below, None: finding.undecided}[decide(estimate, above=finding.limit)]
+
+
+def find(number, place):
+    """number.measure(place), or None where its rows are missing; an ambiguous selection is told and gives None."""
+    try:
+        return number.measure(place)
+    except Missing:
+        return None
+    except Ambiguous as error:
+        warnings.warn(f"{place.path}: {getattr(number, 'table', '')}: {error}", stacklevel=2)
+        return None
+
+
+def plain(value):
+    """A word for a sentence: whole numbers without '.0'; percentages may be made of it by {name:.0%}."""
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def words_of(finding, main, place):
+    """{name: value} of all that the finding's texts may use."""
+    words = {k: plain(v) for k, v in main.words.items()}
+    words |= dict(value=with_span(main.estimate, main.unit), short=short(main.estimate.value, main.unit))
+    for name, number in finding.beside.items():
+        found = find(number, place)
+        if found is not None:
+            words[name] = with_span(found.estimate, found.unit)
+            words |= {f"{name}_{k}": plain(v) for k, v in found.words.items()}
+    return words
+
+
+def written(template, words):
+    """A template filled in; None if it names what is not there."""
+    try:
+        return re.sub(r"(\d)%", r"\1 %", template.format(**words))
+    except KeyError:
+        return None
+
+
+def answer(finding, place):
+    """The row of findings.csv (dict) of a finding at a place, or None."""
+    main = find(finding.number, place)
+    if main is None:
+        return None
+    words = words_of(finding, main, place)
+    said, sentence, more = (written(t, words) for t in (verdict(finding, main.estimate), finding.sentence, finding.more))
+    if said is None or sentence is None:
+        return None
+    used = [k for k in words if k not in ("value", "short")
+            and re.search(rf"{{{k}[}}:]", "".join([verdict(finding, main.estimate), finding.sentence, finding.more]))]
+    return dict(
+        key=finding.key, suite=finding.suite, notebook=finding.notebook.split("/")[1], question=finding.question,
+        answer=f"**{said}** {sentence}", more=more or "", value=main.estimate.value, low=main.estimate.low,
+        high=main.estimate.high, n=main.n, n_of=main.n_of, unit=main.unit, mode="quick" if place.quick else "full",
+        device=place.device, weights=place.weights, place=place.path, source=main.source,
+        words="; ".join(f"{k}={words[k]}" for k in used))
+
+
+def collect(places, findings=None):
+    """One row (dict) per finding and place; those of quick runs only where no place has it published."""
+    found = []
+    for finding in FINDINGS if findings is None else findings:
+        mine = [answer(finding, place) for place in places if place.suite == finding.suite]
+        mine = [row for row in mine if row]
+        published = [row for row in mine if row["mode"] != "quick"]
+        found += published or mine
+    return found
+
+
+# Shorthands for the table below
+
+MRSS, SCAN, MULTI, DISTIL = (f"ssm/{name}" for name in (
+    "mrss_proxy_experiment", "selective_scan", "multirate_scan", "kernel_distillation"))
+PRUNING, REDUCTION, SCALING = (f"vlm/{name}" for name in ("clip_pruning", "token_reduction", "token_scaling"))
+BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
+MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
+SPARSE = dict(variant="SparseMRSS r=32 ρ=0.125")
+ATTENTION, MAMBA2 = dict(variant="attention"), dict(variant="Mamba-2 (ours)")
+
+
+def original(design, suffix=""):
+    """Time of a design of the original experiment over its baseline's; suffix: which convolution both use."""
+    return Times("mrss_proxy_results", dict(variant=f"{design}{suffix}"), dict(variant=f"Baseline{suffix}"),
+                 {"experiment": "original", "pass": "forward"})
+
+
+def design_speed(design, kind="forward"):
+    """Time of the baseline over that of one of our designs, at the largest batch; kind: the pass."""
+    return Times("mrss_proxy_results", BASELINE, design, {"experiment": "designs", "pass": kind, "batch": max})
+
+
+def design_error(task, design=SPLIT):
+    """Error of one of our designs over the baseline's."""
+    return Errors("mrss_quality", design, BASELINE, dict(task=task))
+
+
+def scan_speed(other):
+    """Time of the library's scan over ours, at the largest length both reach."""
+    return Times("scan_speed", other, dict(variant="SSD (ours)"), {"pass": "forward", "length": max})
+
+
+def layer_speed(other, length=max):
+    """Time of another whole layer over that of our Mamba-2 layer."""
+    return Times("scan_layers", other, MAMBA2, dict(length=length))
+
+
+def decode_speed(context=max):
+    """Time a token of attention over that of a Mamba-2 layer."""
+    return Times("scan_decode", ATTENTION, dict(variant="Mamba-2"), dict(context=context))
+
+
+def modes_needed(place):
+    """The smallest timed state space that is large enough for every long trained kernel at its tolerance."""
+    orders = rows(place.table("kernel_distillation_orders"), dict(task="long", method="hankel"))
+    timed = rows(place.table("kernel_distillation_latency"), dict(phase="decode", kernel="per channel", method="hankel"))
+    enough = [] if orders.empty or not orders["reached"].astype(bool).all() else timed["rank"][timed["rank"] >= orders["modes"].max()]
+    if not len(enough):
+        raise Missing("a state space that is large enough")
+    return int(min(enough))
+
+
+def decoding(other):
+    """Time a token of another form over that of the state space that distillation gives."""
+    return Times("kernel_distillation_latency", other, dict(method="hankel", rank=Decided(modes_needed)),
+                 dict(phase="decode", kernel="per channel"), per="tokens", words=("rank", "taps"))
+
+
+def dense_error(kind):
+    """Output error of a dense kernel, trained the way `kind`, at the largest rank that stores ten times fewer numbers."""
+    return Mean("kernel_distillation_quality", "output_error",
+                dict(task="mixing", kind=kind, method="svd", saving=at_least(10), rank=max), unit="%")
+
+
+def reduced(column, method="ours", budget=0.5, unit="%"):
+    """A cell of the comparison of token reductions at equal compute."""
+    return Cell("token_reduction_methods", column, dict(method=method, budget=budget), unit, ("macs_share",))
+
+
+def reduced_time(method="ours", batch=max):
+    """Time of the whole encoder over that of a method at half the multiply-adds."""
+    return Times("token_reduction_latency", dict(method="dense"), dict(method=method), dict(budget=0.5, batch=batch))
+
+
+def image_speed(side):
+    """Time of the whole encoder over ours at half the multiply-adds, one image of one size."""
+    return Times("token_scaling", dict(method="dense"), dict(method="ours"),
+                 dict(shape=max, side=side, batch=1, dtype="float32", attention="sdpa"))
+
+
+FINDINGS = [
+    Finding(
+        "mrss", MRSS, "Is MRSS, a layer at two rates, faster than its baseline?", original("MRSS r=4", " (stock conv)"),
+        "As proposed, with the second branch at every fourth step (the original's best), it takes {value} the baseline's time.",
+        below="Yes: {short} the time.", above="No: {short} slower.",
+        more="With a faster convolution in both: {fast}.", beside=dict(fast=original("MRSS r=4"))),
+    Finding(
+        "split", MRSS, "Does splitting the channels by rate win?", design_speed(SPLIT),
+        "SplitMRSS, seven eighths of the channels at an eighth of the rate, is {value} as fast as the baseline with the same "
+        "fast convolution.",
+        below="No: {short} as fast.", above="Yes: {short} as fast.",
+        more="With gradients {training}. Three quarters at an eighth: {mild}; seven eighths at a sixteenth: {coarse}.",
+        beside=dict(training=design_speed(SPLIT, "forward+backward"), mild=design_speed(MILD), coarse=design_speed(COARSE))),
+    Finding(
+        "split_error", MRSS, "What does that cost in quality?", design_error("digits"),
+        "On digits read pixel by pixel, a task not made for it, the error after equal training is {value} the baseline's.",
+        below="Nothing: {short} the error.", above="{short} the error.", undecided="Undecided on data not made for it.",
+        more="On several time scales {scales}; on short ones, where it cannot help, {control}. Digits with three quarters of the "
+             "channels at an eighth: {mild}; with seven eighths at a sixteenth: {coarse}.",
+        beside=dict(scales=design_error("multi-timescale"), control=design_error("short-timescale"),
+                    mild=design_error("digits", MILD), coarse=design_error("digits", COARSE))),
+    Finding(
+        "sparse", MRSS, "And the full rate only where it is needed?", design_error("digits", SPARSE),
+        "SparseMRSS, full rate in an eighth of the blocks, makes {value} the baseline's errors on digits.",
+        below="Yes: {short} the error.", above="No: {short} the error.",
+        more="It is {speed} as fast; its error on several time scales is {scales} the baseline's, on short ones {control}.",
+        beside=dict(speed=design_speed(SPARSE), scales=design_error("multi-timescale", SPARSE),
+                    control=design_error("short-timescale", SPARSE))),
+    Finding(
+        "scan_attention", SCAN, "Mamba or attention at my length?", layer_speed(ATTENTION),
+        "At {length} tokens a whole Mamba-2 layer is {value} as fast as an attention layer, and {early} at {early_length}.",
+        below="Attention, up to {length} tokens.", above="Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
+        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(ATTENTION, min))),
+    Finding(
+        "scan_decode", SCAN, "Does a state decode faster than a cache?", decode_speed(),
+        "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer, and {early} after {early_context}.",
+        below="No, up to {context} tokens.", above="Yes, {start_told}.",
+        beside=dict(start=Start("scan_decode", ATTENTION, dict(variant="Mamba-2"), "context", "attention"),
+                    early=decode_speed(min))),
+    Finding(
+        "scan_library", SCAN, "Is our scan faster than the transformers library's?",
+        scan_speed(dict(variant=begins("SSD transformers"), latency_ms_median=min)),
+        "Mamba-2's scan at {length} tokens is {value} as fast as the library's PyTorch path with the faster of its chunk sizes.",
+        below="No: {short} as fast.", above="Yes: {short} as fast.",
+        more="With the library's own chunk size {default}; whole layers {layer}.",
+        beside=dict(default=scan_speed(dict(variant="SSD transformers, Q=256")),
+                    layer=layer_speed(dict(variant="Mamba-2 transformers")))),
+    Finding(
+        "multirate_error", MULTI, "Do several rates help a real scan?",
+        Errors("scan_quality", dict(variant="half at 1/4"), dict(variant="full rate"), dict(task="copying"), "accuracy",
+               "seed_of_model", accuracy=True),
+        "With half the heads at a quarter of the rate, a Mamba-2 block makes {value} the errors of the full rate when it copies.",
+        below="Yes: {short} the errors.", above="Not for free: {short} the errors.",
+        more="At {speed_length} tokens it is {speed} as fast.",
+        beside=dict(speed=Times("scan_multirate", dict(variant="full rate"), dict(variant="half at 1/4"),
+                                {"pass": "forward", "length": max}))),
+    Finding(
+        "distil_decode", DISTIL, "Does distilling a convolution speed decoding up?", decoding(dict(method="blocked")),
+        "A state space of {rank} modes, enough for every kernel of {taps} taps trained for it, decodes {value} as fast as the "
+        "exact convolution in blocks, its strongest form.",
+        below="No: {short} as fast.", above="Yes: {short} as fast.",
+        more="Next to the plain convolution it is {plain} as fast.",
+        beside=dict(plain=decoding(dict(method=begins("explicit"), us_per_token=min)))),
+    Finding(
+        "distil_error", DISTIL, "Do distilled kernels stay within one per cent?", dense_error("longer"),
+        "A dense kernel with ten times fewer numbers, trained until it fits its own target, has {value} relative output error.",
+        limit=0.01, below="Yes, given enough training.", above="No.", more="After half the steps {early}.",
+        beside=dict(early=dense_error("free"))),
+    Finding(
+        "original", PRUNING, "Does the original token pruning keep the accuracy?",
+        Cell("clip_vtp_results", "accuracy_change", dict(variant="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
+        "With {share_of_dense_macs:.0%} of the multiply-adds left, class-name accuracy changes by {value}.",
+        limit=-0.01, below="No: {short} lost.", above="Yes: at most one point lost."),
+    Finding(
+        "tokens_free", REDUCTION, "How many tokens can go without losing accuracy?", reduced("accuracy_minus_dense", budget=0.7, unit="points"),
+        "Merging similar tokens our way with {macs_share:.0%} of the multiply-adds changes class-name accuracy by {value}.",
+        limit=-0.01, below="Fewer: {short} lost.", above="Three tenths of the compute: less than one point lost.",
+        more="{agreement} of the answers stay. At {half_macs_share:.0%} the change is {half}.",
+        beside=dict(agreement=reduced("top1_agreement", budget=0.7), half=reduced("accuracy_minus_dense", unit="points"))),
+    Finding(
+        "tokens_half", REDUCTION, "How many answers stay at half the compute?", reduced("top1_agreement"),
+        "With {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers.",
+        limit=None, above="{short}.", more="ToMe keeps {tome}, the original rule (largest patch norm) {vtp}.",
+        beside=dict(tome=reduced("top1_agreement", "tome"), vtp=reduced("top1_agreement", "vtp"))),
+    Finding(
+        "tokens_tome", REDUCTION, "Is that better than ToMe?", reduced("agreement_minus_tome", unit="points"),
+        "On the same images, with {macs_share:.0%} of the multiply-adds, {value} of answers that stay.",
+        limit=0.0, below="No: {short} fewer.", above="Yes: {short} more."),
+    Finding(
+        "tokens_time", REDUCTION, "Does the saving show on the clock?", reduced_time(),
+        "At half the multiply-adds it is {value} as fast as the whole encoder with {batch} images at a time.",
+        below="No: {short} as fast.", above="Yes: {short} as fast.", more="With {small_batch} images: {small}.",
+        beside=dict(small=reduced_time(batch=min))),
+    Finding(
+        "tokens_input", REDUCTION, "Would a smaller image do as well?",
+        reduced("agreement_minus_tome", "smaller_input", unit="points"),
+        "Scaled down to {macs_share:.0%} of the multiply-adds, {value} of answers that stay, compared with ToMe.",
+        limit=0.0, below="No: {short} fewer answers stay.", above="Yes: {short} more answers stay.",
+        undecided="No difference from ToMe was found.",
+        more="Of its answers {agreement} stay, of ours {ours}. It is {speed} as fast as the whole encoder.",
+        beside=dict(agreement=reduced("top1_agreement", "smaller_input"), ours=reduced("top1_agreement"),
+                    speed=reduced_time("smaller_input"))),
+    Finding(
+        "scaling", SCALING, "Does it pay more on larger images?", image_speed(max),
+        "One image of {side} pixels a side, half the multiply-adds: {value} as fast as the whole encoder; {small} at "
+        "{small_side}.",
+        below="No: {short} as fast.", above="{short} as fast.", beside=dict(small=image_speed(min))),
+    Finding(
+        "crossing", SCALING, "When does attention's square take over?",
+        Cell("token_scaling_fits", "crossing_tokens", dict(shape="random-vit-b-16", batch=1, dtype="float32", attention="sdpa",
+                                                           method="dense"), "tokens", ("tokens_min",)),
+        "In a whole encoder of ViT-B/16's shape the quadratic term overtakes the linear ones at {value}; its images have "
+        "{tokens_min} as a rule.",
+        limit=None, above="Beyond {short}."),
+]
