@@ -106,12 +106,29 @@ def file_of(module):
     return next((f for f in (path / "__init__.py", path.with_suffix(".py")) if f.exists()), None)
 
 
+def home_of(name):
+    """The module behind a package's name that is looked up when it is first used, as in effarch.token_reduction, or None."""
+    package, _, wanted = name.rpartition(".")
+    init = file_of(package)
+    if init is None or init.name != "__init__.py" or "def __getattr__" not in init.read_text(encoding="utf-8"):
+        return None
+    for path in sorted(set(init.parent.glob("*.py")) - {init}):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            if wanted in {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}:
+                return f"{package}.{path.stem}"
+    raise ValueError(f"{name}: no module of the package defines it")
+
+
 def needed(code):
     """{relative path: text} of the effarch files that this code needs, packages and their data included."""
     files, todo = {}, sorted(imported(code))
     while todo:
         module = todo.pop()
         path = file_of(module)
+        if path is None and "." in module:
+            module = home_of(module) or ""
+            path = file_of(module) if module else None
         if path is None or path.relative_to(ROOT).as_posix() in files:
             continue
         text = path.read_text(encoding="utf-8")

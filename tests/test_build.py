@@ -242,6 +242,32 @@ def test_imports_are_found_wherever_they_stand(code, found):
     assert build.imported(code) == found
 
 
+LAZY = '''"""Looked up when first used."""
+
+
+def __getattr__(name):
+    from importlib import import_module
+
+    return getattr(import_module("effarch.shapes.round" if name == "PI" else "effarch.shapes.flat"), name)
+'''
+
+
+def test_names_that_a_package_looks_up_bring_their_module(small):
+    folder, build_it = small
+    package = folder / "effarch/shapes"
+    package.mkdir()
+    (package / "__init__.py").write_text(LAZY)
+    (package / "round.py").write_text('"""Round."""\nfrom effarch.checks import check\n\nPI = 3\n')
+    (package / "flat.py").write_text('"""Flat."""\n\n\nclass Square:\n    """A square."""\n')
+    for use, found in (("from effarch.shapes import PI", "round"), ("from effarch.shapes import Square", "flat")):
+        tiny_notebook(folder / "ssm/wheel.ipynb", use)
+        assert build_it().returncode == 0
+        files = files_in(support_of(folder / "ssm/wheel.ipynb"))
+        assert {n for n in files if "shapes" in n} == {"effarch/shapes/__init__.py", f"effarch/shapes/{found}.py"}
+    tiny_notebook(folder / "ssm/wheel.ipynb", "from effarch.shapes import Circle")
+    assert "effarch.shapes.Circle: no module of the package defines it" in build_it().stderr
+
+
 def test_magics_do_not_hide_imports():
     notebook = new_notebook("%matplotlib inline\n!ls\nfrom effarch.checks import check", ("support", "import effarch.clip"))
     assert build.imported(build.code_of(notebook)) == {"effarch.checks", "effarch.checks.check"}
