@@ -3,13 +3,14 @@
 `compare` times your own functions against each other; `start`, `Table`, `Claims` and `save_figure` are what the
 notebooks are made of."""
 
-from effarch.bench.claims import NOT_SUPPORTED, SUPPORTED, UNDECIDED, UNTESTABLE, Claims, statements
+from effarch.bench.claims import NOT_SUPPORTED, SUPPORTED, UNDECIDED, UNTESTABLE, Claims, statements, together
 from effarch.bench.figures import (
     LINES,
     MARKERS,
     PALETTE,
     STYLE,
     interval_bars,
+    pareto_front,
     power_ticks,
     save_figure,
     series_style,
@@ -35,15 +36,16 @@ from effarch.bench.timing import (
     compare,
     count_flops,
     limit_ms,
+    one_pass,
     peak_memory,
     synchronize,
     tensor_bytes,
 )
 
 __all__ = [
-    "NOT_SUPPORTED", "SUPPORTED", "UNDECIDED", "UNTESTABLE", "Claims", "statements",
-    "LINES", "MARKERS", "PALETTE", "STYLE", "interval_bars", "power_ticks", "save_figure", "series_style",
+    "NOT_SUPPORTED", "SUPPORTED", "UNDECIDED", "UNTESTABLE", "Claims", "statements", "together",
+    "LINES", "MARKERS", "PALETTE", "STYLE", "interval_bars", "pareto_front", "power_ticks", "save_figure", "series_style",
     "Estimate", "bootstrap_mean", "count_ratio", "decide", "fit_loglog", "ratio_interval", "seed_ratio", "t_interval",
     "wilson", "with_interval", "Run", "start", "choice", "count", "listing", "number", "share", "text", "Table", "read_csv",
-    "write_csv", "attempt", "ceilings", "compare", "count_flops", "limit_ms", "peak_memory", "synchronize", "tensor_bytes",
+    "write_csv", "attempt", "ceilings", "compare", "count_flops", "limit_ms", "one_pass", "peak_memory", "synchronize", "tensor_bytes",
 ]
