@@ -22,6 +22,7 @@ from effarch.bench.intervals import (
     decide,
     fit_loglog,
     ratio_interval,
+    redrawn,
     seed_ratio,
     t_interval,
     wilson,
@@ -45,7 +46,7 @@ from effarch.bench.timing import (
 __all__ = [
     "NOT_SUPPORTED", "SUPPORTED", "UNDECIDED", "UNTESTABLE", "Claims", "statements", "together",
     "LINES", "MARKERS", "PALETTE", "STYLE", "interval_bars", "pareto_front", "power_ticks", "save_figure", "series_style",
-    "Estimate", "bootstrap_mean", "count_ratio", "decide", "fit_loglog", "ratio_interval", "seed_ratio", "t_interval",
+    "Estimate", "bootstrap_mean", "count_ratio", "decide", "fit_loglog", "ratio_interval", "redrawn", "seed_ratio", "t_interval",
     "wilson", "with_interval", "Run", "start", "choice", "count", "listing", "number", "share", "text", "Table", "read_csv",
     "write_csv", "attempt", "ceilings", "compare", "count_flops", "limit_ms", "one_pass", "peak_memory", "synchronize", "tensor_bytes",
 ]

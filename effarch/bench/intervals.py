@@ -157,6 +157,35 @@ def fit_loglog(x, y):
     return Estimate(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
 
 
+def redrawn(raw, statistic, draws=500):
+    """Estimate of statistic([median, …]), such as a fit over sizes, by redrawing the timed rounds of every point.
+
+    raw: per point its rounds, or a list of rounds per process, as `Table` keeps them. statistic: medians → a number of at
+    least 0, maybe infinite. Several processes: their medians' geometric mean, never narrower than the processes differ; one
+    process of fewer than eight rounds: never narrower than its rounds do. A point without times: three NaN."""
+    points, random = [by_process(rounds) for rounds in raw], np.random.default_rng(0)
+    if not points or not all(points):
+        return Estimate(UNKNOWN)
+
+    def value(choose):
+        return float(statistic([math.exp(np.mean([math.log(np.median(choose(part))) for part in parts])) for parts in points]))
+
+    middle, processes = value(lambda part: part), min(map(len, points))
+    rounds = min(len(part) for parts in points for part in parts)
+    if processes == 1 and rounds < 2:
+        return Estimate(middle)
+    ends = list(np.percentile([value(lambda part: random.choice(part, len(part))) for _ in range(draws)], [2.5, 97.5],
+                              method="nearest"))  # between two infinities there is nothing
+    own = []
+    if processes > 1:
+        own = [float(statistic([np.median(parts[i]) for parts in points])) for i in range(processes)]
+    elif rounds < FEW:
+        own = [float(statistic([parts[0][i] for parts in points])) for i in range(rounds)]
+    known = np.isfinite(own).all() and min(own, default=0) > 0
+    ends += [math.exp(end) for end in t_interval(np.log(own))[1:]] if known else own
+    return Estimate(middle, min(*map(float, ends), middle), max(*map(float, ends), middle))
+
+
 def with_interval(name, estimate):
     """{name: …, name_low: …, name_high: …}, for a row of a table."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
