@@ -30,6 +30,12 @@ from effarch.bench import Table, count, save_figure, start
 
 run = start("ssm/{name}", globals(), STEPS=count(quick=2, full=3, smoke=2))'''
 
+# the cells of a notebook by the rules, as `new_notebook` takes them
+GOOD_ANATOMY = [
+    "# A tiny question?", ("glance", "# nothing yet"), ("parameters", PARAMETERS), ("support", ""),
+    START.format(name="tiny"), "save_figure(run, plt.gcf(), 'tiny', 'nothing')", "# Try your own\n\n...", *["x = 1", "# so"] * 5,
+    "# Takeaways, limits, references", "x = 3", "run.finish()"]
+
 SLOW = ("test_smoke", "test_survival", "test_execute", "test_package")  # whole runs, up to minutes each
 
 

@@ -10,10 +10,11 @@ import tempfile
 import warnings
 from importlib import metadata
 
+import nbformat
 import pytest
 from conftest import ROOT
 
-from lab import notebooks, sync_cells
+from lab import build
 
 LISTS = [ROOT / "requirements.txt", ROOT / "tests/requirements.txt"]
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|HPND|MPL|Unlicense|Python Software Foundation)\b", re.I)
@@ -22,17 +23,16 @@ RESTRICTIVE = re.compile(r"\b(A?GPL|LGPL|GNU|NonCommercial|CC-BY-NC|SSPL|Proprie
 
 def sources():
     """(name, Python code) of everything in the project that runs."""
-    for path in [*sorted((ROOT / "lab").rglob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]:
-        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
-    for path in sync_cells.sources():
-        for i, cell in enumerate(notebooks.cells(path)):
-            yield f"{path.relative_to(ROOT).as_posix()}, code cell {i}", cell.source
+    for folder in ("effarch", "lab", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+    for path in build.sources():  # the support cells are those modules
+        yield path.relative_to(ROOT).as_posix(), build.code_of(nbformat.read(path, as_version=4))
 
 
 def calls(code):
     """(dotted name, keywords) of every call."""
-    lines = [line for line in code.splitlines() if not line.lstrip().startswith(("%", "!"))]
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
 
@@ -148,7 +148,7 @@ def test_an_audit_without_network_is_skipped_and_a_wrong_call_fails():
              "--disable-pip", "--timeout", "1", "-r", str(LISTS[1])]
 
     def answer(*more):
-        return audit(subprocess.run([*words, *more], capture_output=True, text=True, env=nowhere, timeout=60))
+        return audit(subprocess.run([*words, *more], capture_output=True, text=True, env=nowhere, timeout=600))
 
     with tempfile.TemporaryDirectory() as cache:  # an old answer is none
         assert answer("--cache-dir", cache) is None

@@ -1,0 +1,157 @@
+"""The package as others get it: a wheel in a fresh environment, outside the checkout, and the README's snippets."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+from conftest import ROOT, clean_environment
+
+import effarch
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of a copy of the sources, built with what is installed here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT / "effarch", source / "effarch", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("lab", "tests", "ssm"):  # nothing of these belongs into it
+        (source / name).mkdir()
+        (source / name / "__init__.py").touch()
+    done = subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(source)],
+                          capture_output=True, text=True, env=clean_environment(), timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """run(code) in a fresh environment that has the wheel, and torch and the like from the present one."""
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
+    python = folder / "env/bin/python"
+    done = subprocess.run([*PIP, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)],
+                          capture_output=True, text=True, env=clean_environment(), timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (packages,) = (folder / "env/lib").glob("python*/site-packages")
+    (packages / "present.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    place = folder / "elsewhere"
+    place.mkdir()
+
+    def run(code):
+        done = subprocess.run([str(python), "-c", code], cwd=place, capture_output=True, text=True,
+                              env=clean_environment(), timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return run
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        (facts,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
+        assert any(name.endswith("LICENSE") for name in archive.namelist())
+        assert not [name for name in archive.namelist() if str(ROOT).encode() in archive.read(name)]
+    expected = [p.relative_to(ROOT).as_posix() for end in ("py", "csv") for p in (ROOT / "effarch").rglob(f"*.{end}")]
+    assert sorted(names) == sorted(expected) and "effarch/bench/original_claims.csv" in names
+    assert f"\nVersion: {effarch.__version__}\n" in facts and "\nLicense-Expression: MIT\n" in facts
+    assert "Project-URL" not in facts and "Home-page" not in facts, "no address is known"
+    needs = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", facts, re.M)
+    runtime = {name: rest for name, rest in needs if "extra ==" not in rest}
+    assert set(runtime) == {"torch", "transformers", "numpy", "pandas", "matplotlib", "pillow", "scipy"}
+    assert all(re.fullmatch(r">=[\d.]+", rest) for rest in runtime.values()), "lower bounds only: Colab's own packages do"
+    assert {m for m in re.findall(r"^Provides-Extra: (.*)$", facts, re.M)} == {"lab", "test"}
+
+
+def test_requirements_hold_what_the_package_needs():
+    """The exact set that is tested lies within the bounds that are promised."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    pinned = {}
+    for path in (ROOT / "requirements.txt", ROOT / "tests/requirements.txt"):
+        for line in path.read_text().splitlines():
+            if line.split("#")[0].strip():
+                name, _, version = line.split("#")[0].strip().partition("==")
+                pinned[name] = version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != project["name"]:
+            assert requirement.name in pinned or requirement.name == "nbformat", f"{requirement.name}: papermill brings nbformat only"
+            assert requirement.name not in pinned or pinned[requirement.name] in requirement.specifier, str(requirement)
+
+
+# three lines of each method module, as in a user's own code
+USES = {
+    "multirate": """from effarch.multirate import Baseline, SplitMRSS
+y = SplitMRSS(16, 7)(torch.randn(2, 33, 16))
+assert y.shape == Baseline(16, 7)(torch.randn(2, 33, 16)).shape""",
+    "scans": """from effarch.scans import ssd
+A, B = -torch.rand(4), torch.randn(1, 32, 1, 8)
+y, state = ssd(torch.randn(1, 32, 4, 8), torch.rand(1, 32, 4), A, B, B)
+assert y.shape == (1, 32, 4, 8)""",
+    "multirate_scan": """import effarch.multirate_scan as module
+assert module.__doc__""",
+    "distillation": """from effarch.distillation import distill
+assert distill.__doc__""",
+    "token_reduction": """from transformers import CLIPVisionConfig, CLIPVisionModel
+from effarch.token_reduction import token_reduction, reducer_for_budget, REDUCERS
+model = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                                         num_attention_heads=2, image_size=64, patch_size=8)).eval()
+x = torch.randn(1, 3, 64, 64)
+with torch.no_grad(), token_reduction(model, "ours", budget=0.5):
+    few = model(pixel_values=x).last_hidden_state
+assert few.shape[1] < model(pixel_values=x).last_hidden_state.shape[1] and "ours" in REDUCERS""",
+    "bench": """from effarch.bench import compare, ratio_interval, statements
+rows = compare({"a": lambda: x + 1, "b": lambda: x + 2}, rounds=3) if (x := torch.zeros(9)) is not None else None
+assert rows["a"]["n_runs"] == 3 and len(statements()) > 30""",
+    "clip": """from effarch.clip.checkpoints import random_clip
+model, processor = random_clip(smoke=True)
+assert model.config.vision_config.image_size == 64""",
+}
+
+
+def test_the_installed_package_works_outside_the_checkout(installed):
+    said = installed("import effarch, sys; print(effarch.__file__, effarch.__version__, 'torch' in sys.modules)")
+    assert "/site-packages/effarch/" in said and str(ROOT) not in said.split()[0]
+    assert said.split()[1:] == [effarch.__version__, "False"]
+
+
+def test_three_lines_of_your_own(installed):
+    """Each in names of its own, all in one process: importing torch takes longer than any of them."""
+    parts = {p.stem for p in (ROOT / "effarch").iterdir() if not p.stem.startswith("_") and p.stem != "checks"}
+    assert parts <= set(USES), f"each part needs three lines here: {parts - set(USES)}"
+    there = {part: code for part, code in USES.items() if part in parts}
+    installed(f"import torch\nfor part, code in {there!r}.items():\n"
+              "    torch.manual_seed(0)\n    exec(compile(code, part, 'exec'), dict(torch=torch))")
+
+
+SECTION = "## Use it in your own code"
+
+
+def snippets():
+    """The Python blocks of the README's section for users of the package."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition(SECTION + "\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+
+
+def test_the_readme_has_snippets():
+    assert len(snippets()) >= 3
+
+
+@pytest.mark.parametrize("i", range(len(snippets())))
+def test_readme_snippets_run_as_they_stand(installed, i):
+    """Outside the checkout, in a process of its own, without a network; no machine is too slow for them."""
+    installed(snippets()[i])
