@@ -95,22 +95,29 @@ def test_requirements_hold_what_the_package_needs():
 # three lines of each method module, as in a user's own code
 USES = {
     "multirate": """from effarch.multirate import Baseline, SplitMRSS
-y = SplitMRSS(16, 7)(torch.randn(2, 33, 16))
+y = SplitMRSS(16, 7, r=4, low_fraction=0.75)(torch.randn(2, 33, 16))
 assert y.shape == Baseline(16, 7)(torch.randn(2, 33, 16)).shape""",
     "scans": """from effarch.scans import ssd
 A, B = -torch.rand(4), torch.randn(1, 32, 1, 8)
 y, state = ssd(torch.randn(1, 32, 4, 8), torch.rand(1, 32, 4), A, B, B)
 assert y.shape == (1, 32, 4, 8)""",
-    "multirate_scan": """import effarch.multirate_scan as module
-assert module.__doc__""",
+    "multirate_scan": """from effarch.multirate_scan import DynamicBlock
+from effarch.scans import Mamba2Block
+y, state = DynamicBlock(32, Mamba2Block(32), target=0.25)(torch.randn(2, 40, 32))
+assert y.shape == (2, 40, 32)""",
     "distillation": """from effarch.distillation import distill
-assert distill.__doc__""",
+kernel = 0.9 ** torch.arange(64.)[:, None] * torch.ones(4)
+assert distill(kernel, "hankel", rank=2)(64).shape == (64, 4)""",
+    "decoding": """from effarch.decoding import BlockedConvolution, RingBuffer
+kernel, x = torch.randn(32, 4), torch.randn(40, 4)
+exact, blocked = RingBuffer(kernel), BlockedConvolution(kernel, 8)
+assert all(torch.allclose(exact.step(v), blocked.step(v), atol=1e-4) for v in x)""",
     "token_reduction": """from transformers import CLIPVisionConfig, CLIPVisionModel
 from effarch.token_reduction import token_reduction, reducer_for_budget, REDUCERS
 model = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4,
                                          num_attention_heads=2, image_size=64, patch_size=8)).eval()
 x = torch.randn(1, 3, 64, 64)
-with torch.no_grad(), token_reduction(model, "ours", budget=0.5):
+with torch.no_grad(), token_reduction(model, "ours", budget=0.5, patch_tokens=False):
     few = model(pixel_values=x).last_hidden_state
 assert few.shape[1] < model(pixel_values=x).last_hidden_state.shape[1] and "ours" in REDUCERS""",
     "bench": """from effarch.bench import compare, ratio_interval, statements
