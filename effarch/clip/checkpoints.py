@@ -134,8 +134,10 @@ def load_checkpoint(location, device, smoke=False):
     check(not missing, "MODEL_ID", location.folder, f"complete weights; {len(missing)} missing, e.g. {missing[:2]}")
     check(hasattr(model, "get_text_features"), "MODEL_ID", type(model).__name__, "a CLIP or SigLIP model")
 
+    length = model.config.get_text_config().max_position_embeddings  # tokenizers do not always know it
+
     def tokenize(texts):
-        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
     weights = sorted(Path(location.folder).glob("*.safetensors")) if local else []
     revision = getattr(model.config, "_commit_hash", None) or Path(location.folder).resolve().name

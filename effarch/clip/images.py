@@ -2,19 +2,19 @@
 
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from effarch.checks import check
 from effarch.clip.checkpoints import reachable
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 class NoImages(Exception):
@@ -32,13 +32,14 @@ class Images:
     skipped: int = 0  # files that could not be decoded
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
+    scale: float = 1 / 255  # of the bytes, before mean and std
 
     def __len__(self):
         return len(self.pixels)
 
     def batch(self, index, device="cpu"):
         """Normalised float32 pixel_values (B, 3, S, S) of the images at `index` (a slice or a list)."""
-        pixels = self.pixels[index].to(device).float() / 255
+        pixels = self.pixels[index].to(device).float() * self.scale
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -46,6 +47,19 @@ class Images:
         """All images in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield self.batch(slice(start, start + size), device)
+
+    def part(self, index):
+        """The Images at `index` (a slice or a list of numbers)."""
+        return replace(self, pixels=self.pixels[index], labels=None if self.labels is None else self.labels[index])
+
+
+def scaling(processor):
+    """{'mean', 'std', 'scale'} for `Images`: what a Hugging Face image processor does to bytes."""
+    rescale = getattr(processor, "do_rescale", True)
+    plain = dict(mean=(0.0,) * 3, std=(1.0,) * 3, scale=processor.rescale_factor if rescale else 1.0)
+    if not getattr(processor, "do_normalize", True):
+        return plain
+    return dict(plain, mean=tuple(processor.image_mean), std=tuple(processor.image_std))
 
 
 def stratified(labels, count, seed):
@@ -63,14 +77,16 @@ def folder_images(path):
     """(paths, labels, classes) of a folder with one folder of images per class."""
     root = Path(path).expanduser()
     check(root.is_dir(), "DATASET", f"imagefolder:{path}", "a folder that exists")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES) for p in folders]
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    files = [sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")) for p in folders]
     empty = [p.name for p, inside in zip(folders, files, strict=True) if not inside]
     check(folders and not empty, "DATASET", f"imagefolder:{path}",
           f"one folder per class with images in each; without: {empty or 'all'}")
     paths = [f for inside in files for f in inside]
     labels = [i for i, inside in enumerate(files) for _ in inside]
-    return paths, labels, [p.name.replace("_", " ") for p in folders]
+    names = [p.name.replace("_", " ") for p in folders]
+    check(len(set(names)) == len(names), "DATASET", f"imagefolder:{path}", "folders whose names differ by more than _ and space")
+    return paths, labels, names
 
 
 def cifar10(train):
@@ -95,6 +111,16 @@ def synthetic(side, count, seed):
     return [Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)]
 
 
+def to_rgb(picture):
+    """A PIL image as it is meant to be seen, in RGB: turned as its EXIF says; grey values of 16 bits or floats in 0…255."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut them off at 255
+        values = np.asarray(picture, np.float64)
+        most = 1 if picture.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
+        picture = Image.fromarray((values / most * 255).clip(0, 255).round().astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def preprocess(pictures, processor, native=False):
     """PIL images or files → ((n, 3, S, S) uint8, indices of those that could be decoded).
 
@@ -102,8 +128,8 @@ def preprocess(pictures, processor, native=False):
     pixels, good = [], []
     for i, picture in enumerate(pictures):
         try:
-            picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
-        except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+            picture = to_rgb(picture if isinstance(picture, Image.Image) else Image.open(picture))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises for damaged files
             continue
         steps = dict(do_resize=False, do_center_crop=False) if native else {}
         done = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt", **steps)
@@ -131,5 +157,4 @@ def load_images(dataset, count, processor, seed=0, train=False, native=False):
     check(len(good) > 0, "DATASET", dataset, f"images that can be decoded; none of {len(pictures)} could")
     labels = None if labels is None else torch.tensor([labels[i] for i in good])
     source = "imagefolder" if kind == "imagefolder" else dataset
-    return Images(pixels, labels, classes, source, len(pictures) - len(good),
-                  tuple(processor.image_mean), tuple(processor.image_std))
+    return Images(pixels, labels, classes, source, len(pictures) - len(good), **scaling(processor))

@@ -16,11 +16,12 @@ def judge_images(features, dense, text=None, labels=None):
 
     Features that are not finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
     row = dict(cosines="", agrees="", corrects="")
+    features, dense = features.float(), dense.float()  # half precision would round a cosine to three digits
     if not features.isfinite().all():
         return dict(row, status="nan")
     row["cosines"] = " ".join(f"{c:.4f}" for c in (features * dense).sum(-1).tolist())
     if text is not None:
-        predicted, expected = ((f @ text.T).argmax(-1) for f in (features, dense))
+        predicted, expected = ((f @ text.float().T).argmax(-1) for f in (features, dense))
         row["agrees"] = flags(predicted == expected)
         row["corrects"] = flags(predicted == labels) if labels is not None else ""
     return row

@@ -34,12 +34,13 @@ class Tower:
     pre_norm: Callable  # (B, N, D) → (B, N, D) before the first layer
     blocks: list
     finish: Callable  # (B, N, D) → (B, N, D): what the model calls last_hidden_state
-    pool: Callable  # (B, N, D), log-sizes (B, N) or None → (B, D): what it calls pooler_output
+    pool: Callable  # (B, N, D), sizes (B, N) or None → (B, D): what it calls pooler_output
+    pools: bool  # whether the model has a pooler_output; without one, `pool` is the mean of the tokens or the CLS token
     heads: int
     prefix: int
     patch: nn.Conv2d
     pool_macs: Callable  # N → multiply-adds of pool
-    image_size: int
+    image_size: int  # pixels a side
 
 
 def find_vision_module(model):
@@ -85,11 +86,18 @@ def make_block(layer):
     return Block(*parts, mlp, hidden)
 
 
-def pool_with_probe(head, x, log_sizes=None):
-    """SigLIP's pooling: a learned query attends to all tokens (merged ones by their size), then an MLP."""
-    bias = None if log_sizes is None else log_sizes[:, None].repeat_interleave(head.attention.num_heads, 0)
+def pool_with_probe(head, x, sizes=None):
+    """SigLIP's pooling: a learned query attends to all tokens (merged ones as often as their parts), then an MLP."""
+    bias = None if sizes is None else sizes.log()[:, None].repeat_interleave(head.attention.num_heads, 0).to(x.dtype)
     pooled = head.attention(head.probe.repeat(len(x), 1, 1), x, x, attn_mask=bias)[0]
     return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
+
+
+def mean_of_patches(x, sizes=None):
+    """(B, N, D) → (B, D), a merged token counted as often as its parts; the sum is in float32."""
+    if sizes is None:
+        return x.float().mean(1).to(x.dtype)
+    return ((x.float() * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
 
 
 def make_tower(model):
@@ -105,19 +113,20 @@ def make_tower(model):
         pooler, norm = getattr(module, "pooler", None), module.layernorm
         parts = dict(
             patch=emb.patch_embeddings.projection, pre_norm=nn.Identity(), finish=norm, prefix=1,
-            pool=lambda x, _=None: pooler(norm(x)) if pooler else norm(x[:, 0]),
+            pool=lambda x, _=None: pooler(norm(x)) if pooler else norm(x[:, 0]), pools=pooler is not None,
             pool_macs=lambda n: config.hidden_size**2 if pooler else 0)
     elif kind == "CLIPVision":
         layers = module.encoder.layers
         parts = dict(
             patch=emb.patch_embedding, pre_norm=module.pre_layrnorm, finish=nn.Identity(), prefix=1,
-            pool=lambda x, _=None: module.post_layernorm(x[:, 0]), pool_macs=lambda n: 0)
+            pool=lambda x, _=None: module.post_layernorm(x[:, 0]), pools=True, pool_macs=lambda n: 0)
     else:
         layers, norm, head = module.encoder.layers, module.post_layernorm, getattr(module, "head", None)
         d, hidden = config.hidden_size, config.intermediate_size
         parts = dict(
             patch=emb.patch_embedding, pre_norm=nn.Identity(), finish=norm, prefix=0,
-            pool=lambda x, s=None: pool_with_probe(head, norm(x), s) if head else norm(x).mean(1),
+            pool=lambda x, sizes=None: pool_with_probe(head, norm(x), sizes) if head else mean_of_patches(norm(x), sizes),
+            pools=head is not None,
             pool_macs=lambda n: 2 * d * (d + n * d + n + hidden) if head else 0)
     return Tower(module=module, embed=embed, blocks=[make_block(layer) for layer in layers],
                  heads=config.num_attention_heads, image_size=config.image_size, **parts)

@@ -1,4 +1,6 @@
-"""Zero-shot classification: class names become text features, an image takes the closest one."""
+"""A classifier from class names: their texts become features, an image takes the closest one.
+
+It is zero-shot only where the text tower never saw labels of these images; hence "class-name head"."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from effarch.checks import check
 from effarch.clip.images import CIFAR_CLASSES
 
 KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+SAME = 1 - 1e-6  # cosine above which two texts are one
 CIFAR_TEMPLATES = [f"a {kind}photo of {article} {{}}." for kind in KINDS for article in ("a", "the")]
 CIFAR_TEMPLATES += [f"a photo of {size}{{}}." for size in ("a small ", "a big ", "the small ", "the big ")]
 
@@ -15,21 +18,30 @@ def prompt_templates(classes):
     """CLIP's 18 CIFAR-10 templates for CIFAR-10's classes, one plain template otherwise.
 
     ValueError where a class name has no word that a prompt could use, such as '0012' or 'n01440764'."""
-    odd = [c for c in classes if sum(ch.isalpha() for ch in c) < 2 or (c[:1] == "n" and c[1:].isdigit())]
+    short = [c for c in classes if sum(ch.isalpha() for ch in c) < 2 and c.isascii()]  # one sign is a word in Chinese
+    odd = short + [c for c in classes if not any(ch.isalpha() for ch in c) or (c[:1] == "n" and c[1:].isdigit())]
     check(not odd, "class names", odd[:3], "words: name the folders of DATASET after what they show")
     return CIFAR_TEMPLATES if set(classes) == set(CIFAR_CLASSES) else ["a photo of a {}."]
 
 
 @torch.no_grad()
 def text_features(checkpoint, classes, templates):
-    """(C, P): per class the normalised mean of its prompts' normalised features (pooled at the end token)."""
+    """(C, P): per class the normalised mean of its prompts' normalised features (pooled at the end token).
+
+    ValueError with fewer than two classes, and where two classes get the same feature: a tokenizer that does not know
+    their names makes all texts alike, and every prediction the first class."""
+    check(len(classes) >= 2, "class names", classes, "at least two: with one, every prediction is right")
     rows = []
     for name in classes:
         tokens = checkpoint.tokenize([template.format(name) for template in templates])
         out = checkpoint.model.get_text_features(**tokens.to(checkpoint.model.device))
         features = F.normalize(getattr(out, "pooler_output", out), dim=-1)
         rows.append(F.normalize(features.mean(0), dim=-1))
-    return torch.stack(rows)
+    features = torch.stack(rows)
+    alike = (features @ features.T).fill_diagonal_(-1)
+    first, second = divmod(int(alike.argmax()), len(classes))
+    check(alike.max() < SAME, "class texts", [classes[first], classes[second]], "names that the text tower tells apart")
+    return features
 
 
 @torch.no_grad()

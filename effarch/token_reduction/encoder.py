@@ -1,27 +1,28 @@
-# Provisional: will be written by `python -m lab.build` from vlm/clip_pruning.ipynb.
-"""Token reduction in a vision tower: the encoder loop, what a reducer is, and the original pruning by patch norm."""
+# Written by `python -m lab.build` from vlm/clip_pruning.ipynb, where each part is explained: edit it there.
+"""Token reduction in a vision tower: the encoder loop, what a reducer is, the original pruning by patch norm, budgets."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from effarch.checks import check
-from effarch.clip.towers import attend, make_tower, project, split_heads
+from effarch.checks import check, check_share
+from effarch.clip.towers import attend, find_vision_module, make_tower, project, split_heads
 
 
 @dataclass
 class Tokens:
-    """What a reducer sees and changes during a forward pass. B images, N tokens left, P patches at first."""
+    """What a reducer sees and changes during a forward pass. B images, N tokens left, P patches at first, width D."""
 
     x: torch.Tensor  # (B, N, D)
     pixels: torch.Tensor  # (B, 3, H, W), as given to the model
     prefix: int  # tokens in front that must stay (CLS)
     depth: int  # number of layers
+    grid: tuple | None = None  # (rows, columns) of the patches
     layer: int = -1  # index of the current layer; -1 before the first
     first: int = 0  # tokens that enter the first layer
-    sizes: torch.Tensor | None = None  # (B, N): how many patches a token stands for; None = one each
+    sizes: torch.Tensor | None = None  # (B, N) float32: how many patches a token stands for; None = one each
     q: torch.Tensor | None = None  # (B, heads, N, d) of the latest attention
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
@@ -31,18 +32,35 @@ class Tokens:
     macs: int = 0  # multiply-adds per image so far, the reducer's own matrix products included
 
 
+class Reducer:
+    """Base class; does nothing. Subclasses override one of the three places where tokens may leave.
+
+    kind: 'keep' (its strength is a keep ratio in (0, 1]) or 'merge' (mean tokens merged per layer, >= 0).
+    cls_only_last: compute only the CLS row of the last layer, which is exact where the CLS token is read.
+    size_bias: weight of the log size on attention's logits; 1 lets a merged token count as often as its parts."""
+
+    kind, cls_only_last, size_bias = "keep", False, 1.0
+
+    def at_input(self, tokens):
+        """Before the first layer (and CLIP's first norm), positions already added."""
+
+    def before_layer(self, tokens):
+        """Before layer `tokens.layer`; q, k, v are those of the layer before."""
+
+    def after_attention(self, tokens):
+        """Inside layer `tokens.layer`: its attention is done, its MLP is next."""
+
+
 def attention_step(tokens, block, heads, queries=None, size_bias=1.0, implementation="sdpa"):
     """x += attention(norm1(x)) for the first `queries` tokens (None = all); the others leave.
 
     size_bias: a token of size s gets size_bias · log s on its logits; with 1 as if it were there s times."""
-    x = block.norm1(tokens.x)
-    n, d = x.shape[1], x.shape[2]
+    x, bias = block.norm1(tokens.x), None
+    n, d = x.shape[1:]
     m = n if queries is None else queries
-    bias = None
     if tokens.sizes is not None and size_bias:
         bias = (tokens.sizes.log() * size_bias)[:, None, None].to(x.dtype)
-    q, k, v = (split_heads(layer(y), heads) for layer, y in
-               ((block.q, x[:, :m]), (block.k, x), (block.v, x)))
+    q, k, v = (split_heads(layer(y), heads) for layer, y in ((block.q, x[:, :m]), (block.k, x), (block.v, x)))
     mixed = attend(q, k, v, bias, implementation)
     tokens.x = tokens.x[:, :m] + block.out(mixed.transpose(1, 2).flatten(2))
     tokens.q, tokens.k, tokens.v, tokens.logits_bias = q, k, v, bias
@@ -55,120 +73,53 @@ def mlp_step(tokens, block):
     tokens.macs += 2 * tokens.x.shape[1] * tokens.x.shape[2] * block.hidden
 
 
-def run_encoder(tower, pixels, reducer=None, trace=False, implementation="sdpa", interpolate=None):
-    """All layers of a tower. pixels: (B, 3, H, W) → Tokens with x (B, N, D) before the final norm.
+def start_encoder(tower, pixels, layers=0, reducer=None, trace=False, interpolate=None):
+    """(B, 3, H, W) → Tokens that have passed the reducer's `at_input` and the first `layers` dense layers.
 
-    interpolate: fit the position embeddings to the image size; None = where it is not the model's own.
-    reducer=None is the dense encoder. With `reducer.cls_only_last` the last layer computes the CLS row only:
-    nothing else of it is read, so the feature is the same."""
-    interpolate = pixels.shape[-1] != tower.image_size if interpolate is None else interpolate
-    x = tower.embed(pixels, interpolate)
-    tokens = Tokens(x, pixels, tower.prefix, len(tower.blocks))
-    tokens.macs = (x.shape[1] - tower.prefix) * tower.patch.weight.numel()
+    interpolate: fit the position embeddings to the image size; None = where it is not the model's own."""
+    sides = tuple(pixels.shape[-2:])
+    interpolate = sides != (tower.image_size,) * 2 if interpolate is None else interpolate
+    grid = tuple(side // patch for side, patch in zip(sides, tower.patch.kernel_size, strict=True))
+    tokens = Tokens(tower.embed(pixels, interpolate), pixels, tower.prefix, len(tower.blocks), grid)
+    n = tokens.x.shape[1]
+    tokens.macs = (n - tower.prefix) * tower.patch.weight.numel()
     if trace:
-        tokens.owner = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+        tokens.owner = torch.arange(n, device=pixels.device).repeat(len(pixels), 1)
     if reducer is not None:
         reducer.at_input(tokens)
     tokens.x, tokens.first = tower.pre_norm(tokens.x), tokens.x.shape[1]
-    for tokens.layer, block in enumerate(tower.blocks):
-        last = tokens.layer == len(tower.blocks) - 1
-        shortcut = last and tower.prefix == 1 and reducer is not None and reducer.cls_only_last
-        if reducer is not None:
+    return continue_encoder(tower, tokens, None, 0, until=layers)
+
+
+def continue_encoder(tower, tokens, reducer, first, attended=False, until=None, implementation="sdpa"):
+    """Layers `first` to the last (or to before `until`), changing `tokens`; reducer None = dense.
+
+    attended: layer `first` is done up to its MLP. With `reducer.cls_only_last` the last layer computes the CLS row
+    only: nothing else of it is read, so the feature is the same."""
+    reducer = Reducer() if reducer is None else reducer
+    for layer in range(first, tokens.depth if until is None else until):
+        tokens.layer, block = layer, tower.blocks[layer]
+        shortcut = layer == tokens.depth - 1 and tower.prefix == 1 and reducer.cls_only_last
+        if not (attended and layer == first):
             reducer.before_layer(tokens)
-        seen = tokens.x.shape[1]
-        bias = 1.0 if reducer is None else reducer.size_bias
-        attention_step(tokens, block, tower.heads, 1 if shortcut else None, bias, implementation)
-        if reducer is not None and not shortcut:
-            reducer.after_attention(tokens)
-        tokens.counts.append((seen, tokens.x.shape[1]))
+            attention_step(tokens, block, tower.heads, 1 if shortcut else None, reducer.size_bias, implementation)
+            if not shortcut:
+                reducer.after_attention(tokens)
+        tokens.counts = [*tokens.counts, (tokens.k.shape[2], tokens.x.shape[1])]
         mlp_step(tokens, block)
     return tokens
+
+
+def run_encoder(tower, pixels, reducer=None, trace=False, implementation="sdpa", interpolate=None):
+    """All layers of a tower: (B, 3, H, W) → Tokens with x (B, N, D) before the final norm. reducer None = dense."""
+    tokens = start_encoder(tower, pixels, 0, reducer, trace, interpolate)
+    return continue_encoder(tower, tokens, reducer, 0, implementation=implementation)
 
 
 def pooled_output(tower, tokens):
     """(B, D) what the model calls pooler_output, from the encoder's last tokens."""
     tokens.macs += tower.pool_macs(tokens.x.shape[1])
-    merged = tokens.sizes is not None
-    return tower.pool(tokens.x, tokens.sizes.log() if merged else None)
-
-
-def encode_images(model, pixel_values, reducer=None, implementation="sdpa", interpolate=None):
-    """L2-normalised image features (B, P) of a CLIP, SigLIP or ViT model, through our own encoder loop.
-
-    reducer=None gives the model's own features. Raises TypeError for an unsupported model."""
-    tower = make_tower(model)
-    tokens = run_encoder(tower, pixel_values, reducer, implementation=implementation, interpolate=interpolate)
-    return F.normalize(project(model, pooled_output(tower, tokens)), dim=-1)
-
-
-@torch.no_grad()
-def trace_encoder(model, reducer=None, pixel_values=None, image_size=None, tower=None):
-    """Tokens after one pass with everything recorded: `owner`, `counts` per layer, `macs` per image.
-
-    pixel_values: (B, 3, H, W); None takes one blank image of the model's (or the given) size. tower: in place of the model's."""
-    tower = tower or make_tower(model)
-    weight = tower.patch.weight
-    if pixel_values is None:
-        side = image_size or tower.image_size
-        pixel_values = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
-    tokens = run_encoder(tower, pixel_values, reducer, trace=True)
-    pooled = pooled_output(tower, tokens)
-    projection = getattr(model, "visual_projection", None)
-    tokens.macs += pooled.shape[-1] * projection.out_features if projection is not None else 0
-    return tokens
-
-
-def shapes_only(tower):
-    """A Tower whose layers keep the width and compute nothing: the same multiply-adds are added up, ten times sooner."""
-    same = nn.Identity()
-    return replace(tower, blocks=[replace(b, q=same, k=same, v=same, out=same, mlp=same) for b in tower.blocks])
-
-
-def encoder_macs(model, reducer=None, image_size=None):
-    """Multiply-adds of one image through the vision encoder (2 FLOPs each), the reducer's own included."""
-    return trace_encoder(model, reducer, image_size=image_size, tower=shapes_only(make_tower(model))).macs
-
-
-def fit_budget(make, limit, cost, steps=14):
-    """The reducer make(position) of highest cost that is at most `limit`, by bisection of position in [0, 1].
-
-    make: position → reducer, dearer with position; cost: reducer → multiply-adds, or any unit that `limit` has, too.
-    ValueError if none fits."""
-    low, high, best = 0.0, 1.0, make(0.0)
-    least = cost(best)
-    check(least <= limit, "budget", limit, f"at least {least:.4g} for this method")
-    if cost(make(1.0)) <= limit:
-        return make(1.0)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        reducer = make(middle)
-        low, high, best = (middle, high, reducer) if cost(reducer) <= limit else (low, middle, best)
-    return best
-
-
-def start_encoder(tower, pixels, layers):
-    """(B, 3, S, S) → Tokens that have passed the first `layers` dense layers."""
-    tokens = Tokens(tower.embed(pixels, pixels.shape[-1] != tower.image_size), pixels, tower.prefix, len(tower.blocks))
-    tokens.macs = (tokens.x.shape[1] - tower.prefix) * tower.patch.weight.numel()
-    tokens.x, tokens.first = tower.pre_norm(tokens.x), tokens.x.shape[1]
-    for block in tower.blocks[:layers]:
-        attention_step(tokens, block, tower.heads)
-        mlp_step(tokens, block)
-    return tokens
-
-
-def continue_encoder(tower, tokens, reducer, first, attended=False):
-    """Layers `first` to the last, changing `tokens`. attended: layer `first` is done up to its MLP."""
-    for layer in range(first, tokens.depth):
-        tokens.layer, block = layer, tower.blocks[layer]
-        shortcut = layer == tokens.depth - 1 and tower.prefix == 1 and reducer.cls_only_last
-        if not (attended and layer == first):
-            reducer.before_layer(tokens)
-            attention_step(tokens, block, tower.heads, 1 if shortcut else None, reducer.size_bias)
-            if not shortcut:
-                reducer.after_attention(tokens)
-        mlp_step(tokens, block)
-    return tokens
+    return tower.pool(tokens.x, tokens.sizes)
 
 
 def read_out(model, tower, tokens):
@@ -178,80 +129,60 @@ def read_out(model, tower, tokens):
     return F.normalize(feature, dim=-1)
 
 
+def encode_images(model, pixel_values, reducer=None, implementation="sdpa", interpolate=None):
+    """L2-normalised image features (B, P) of a CLIP, SigLIP or ViT model, through our own encoder loop.
+
+    reducer=None gives the model's own features. Raises TypeError for an unsupported model."""
+    tower = make_tower(model)
+    tokens = run_encoder(tower, pixel_values, reducer, implementation=implementation, interpolate=interpolate)
+    return read_out(model, tower, tokens)
+
+
 def select_images(tokens, index):
     """The images at `index` of a Tokens as a Tokens of their own; the original stays as it is."""
-    parts = {name: getattr(tokens, name)[index] for name in ("x", "pixels", "q", "k", "v")
-             if getattr(tokens, name) is not None}
-    return replace(tokens, **parts)
+    names = ("x", "pixels", "sizes", "q", "k", "v", "logits_bias", "owner")
+    return replace(tokens, **{n: getattr(tokens, n)[index] for n in names if getattr(tokens, n) is not None})
 
 
-class Reducer:
-    """Base class; does nothing. Subclasses override one of the three places where tokens may leave.
-
-    kind: 'keep' (its strength is a keep ratio in (0, 1]) or 'merge' (mean tokens merged per layer, >= 0).
-    cls_only_last: compute only the CLS row of the last layer, which is exact where the CLS token is read.
-    size_bias: weight of the log size on attention's logits; 1 lets a merged token count as often as its parts."""
-
-    kind = "keep"
-    cls_only_last = False
-    size_bias = 1.0
-
-    def at_input(self, tokens):
-        """Before the first layer (and CLIP's first norm), positions already added."""
-
-    def before_layer(self, tokens):
-        """Before layer `tokens.layer`; q, k, v are those of the layer before."""
-
-    def after_attention(self, tokens):
-        """Inside layer `tokens.layer`: its attention is done, its MLP is next."""
+def naive_pruned_features(model, pixels, keep):
+    """VTP for CLIP one image at a time, with transformers' own layers: (B, 3, H, W) → (B, P), normalised."""
+    vision, _ = find_vision_module(model)
+    features = []
+    for image in pixels:
+        tokens = vision.embeddings(image[None])[0]
+        norms = [float(patch.norm()) for patch in tokens[1:]]
+        best = sorted(range(len(norms)), key=lambda i: -norms[i])[: math.ceil(keep * len(norms))]
+        x = vision.pre_layrnorm(torch.stack([tokens[0], *(tokens[1 + i] for i in best)])[None])
+        for layer in vision.encoder.layers:
+            old = "causal_attention_mask" in layer.forward.__code__.co_varnames  # up to transformers 4
+            out = layer(x, attention_mask=None, **({"causal_attention_mask": None} if old else {}))
+            x = out[0] if isinstance(out, tuple) else out
+        features.append(project(model, vision.post_layernorm(x[:, 0])))
+    return F.normalize(torch.cat(features), dim=-1)
 
 
 def check_keep(keep):
-    """Validate a keep ratio."""
-    ok = isinstance(keep, (int, float)) and not isinstance(keep, bool) and 0 < keep <= 1
-    check(ok, "keep ratio", keep, "a number above 0 and at most 1")
-    return float(keep)
+    """Validate a keep ratio, a number in (0, 1]."""
+    return check_share(keep, "keep ratio")
 
 
 def kept_count(keep, n):
     """Tokens that remain of n: rounded up, at least one."""
-    return min(n, max(1, -int(-keep * n // 1)))
-
-
-def importance(tokens, by_value=False, samples=16):
-    """(B, N - prefix): attention that the CLS token pays to every other token, mean over heads.
-
-    by_value: times the length of the token's value vector. Without a CLS token: the mean over `samples`
-    evenly spaced queries. Reuses the layer's q, k and v."""
-    n = tokens.q.shape[2]
-    rows = slice(0, 1) if tokens.prefix else slice(0, n, max(1, n // samples))
-    q = tokens.q[:, :, rows]
-    logits = q @ tokens.k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    logits = logits if tokens.logits_bias is None else logits + tokens.logits_bias
-    tokens.macs += q.shape[1] * q.shape[2] * tokens.k.shape[2] * q.shape[3]
-    attention = torch.softmax(logits.float(), dim=-1).mean(2)
-    attention = attention * tokens.v.float().norm(dim=-1) if by_value else attention
-    return attention.mean(1)[:, tokens.prefix:]
-
-
-def top_indices(scores, count):
-    """(B, count) indices of the highest scores, in ascending order, so that tokens keep their order."""
-    return scores.topk(count, dim=1).indices.sort(dim=1).values
+    return min(n, max(1, math.ceil(keep * n - 1e-9)))
 
 
 def split_kept(tokens, scores, count):
-    """Indices into all N tokens: (B, prefix + count) kept, prefix first, and (B, rest) in token order."""
+    """Indices into all N tokens: (B, prefix + count) kept, prefix first, and (B, rest), both in token order."""
     order = scores.argsort(dim=1, descending=True, stable=True) + tokens.prefix
     front = torch.arange(tokens.prefix, device=order.device).repeat(len(order), 1)
-    kept, rest = order[:, :count].sort(1).values, order[:, count:].sort(1).values
-    return torch.cat([front, kept], 1), rest
+    return torch.cat([front, order[:, :count].sort(1).values], 1), order[:, count:].sort(1).values
 
 
 def take(x, index):
     """x (B, N, D) at index (B, M) → (B, M, D); whole rows are copied, which is faster than gather."""
     batch, n, width = x.shape
-    rows = index + torch.arange(0, batch * n, n, device=x.device)[:, None]
-    return x.reshape(-1, width).index_select(0, rows.flatten()).view(batch, -1, width)
+    rows = index + torch.arange(batch, device=x.device)[:, None] * n
+    return x.reshape(batch * n, width).index_select(0, rows.flatten()).view(batch, index.shape[1], width)
 
 
 def track(tokens, kept, rest=None, target=None):
@@ -277,35 +208,119 @@ def drop(tokens, kept):
 def append(tokens, token, size=None):
     """Add one token (B, D) at the end; size: (B,) patches that it stands for, or None for a plain token."""
     if tokens.sizes is not None or size is not None:
-        sizes = tokens.x.new_ones(tokens.x.shape[:2]) if tokens.sizes is None else tokens.sizes
-        tokens.sizes = torch.cat([sizes, torch.ones_like(sizes[:, :1]) if size is None else size[:, None]], 1)
-    tokens.x = torch.cat([tokens.x, token[:, None]], 1)
+        sizes = torch.ones_like(tokens.x[..., 0], dtype=torch.float32) if tokens.sizes is None else tokens.sizes
+        tokens.sizes = torch.cat([sizes, torch.ones_like(sizes[:, :1]) if size is None else size[:, None].float()], 1)
+    tokens.x = torch.cat([tokens.x, token[:, None].to(tokens.x.dtype)], 1)
 
 
 class InputPruning(Reducer):
     """Keep the patches with the highest score before the encoder; drop the rest or leave a summary.
 
     keep: share of patches that stay. rest: 'drop', or 'mean' (one token, the mean of the dropped patches),
-    or 'learned' (the same plus `offset`, a fitted vector (D,); zero until it is fitted)."""
+    or 'learned' (the same plus `offset`, a fitted vector (D,); zero until it is fitted). lowest: keep the lowest instead."""
 
-    def __init__(self, keep, rest="drop", offset=None):
+    def __init__(self, keep, rest="drop", offset=None, lowest=False):
         check(rest in ("drop", "mean", "learned"), "rest", rest, "drop, mean, learned")
-        self.keep, self.rest, self.offset = check_keep(keep), rest, offset
+        self.keep, self.rest, self.offset, self.lowest = check_keep(keep), rest, offset, lowest
 
     def scores(self, tokens):
         """(B, P), higher = stays. Here: the L2 norm of the patch embedding (the original method)."""
-        return tokens.x[:, tokens.prefix:].norm(dim=-1)
+        return tokens.x[:, tokens.prefix:].float().norm(dim=-1)
 
     def at_input(self, tokens):
         patches = tokens.x.shape[1] - tokens.prefix
         count = kept_count(self.keep, patches)
         if count == patches:
             return
-        kept, rest = split_kept(tokens, self.scores(tokens), count)
-        if self.rest == "drop":
-            return drop(tokens, kept)
-        others = tokens.x.sum(1) - tokens.x.gather(
-            1, kept[..., None].expand(-1, -1, tokens.x.shape[-1])).sum(1)
-        summary = others / rest.shape[1]
+        scores = self.scores(tokens)
+        kept, rest = split_kept(tokens, -scores if self.lowest else scores, count)
+        summary = None if self.rest == "drop" else take(tokens.x, rest).float().mean(1)
         drop(tokens, kept)
-        append(tokens, summary if self.offset is None else summary + self.offset)
+        if summary is not None:
+            append(tokens, summary if self.offset is None else summary + self.offset)
+
+
+@torch.no_grad()
+def trace_encoder(model, reducer=None, pixel_values=None, image_size=None, images=1):
+    """Tokens after one pass with everything recorded: `owner`, `counts` per layer, `macs` per image.
+
+    pixel_values: (B, 3, H, W); None takes so many blank `images` of the model's (or the given) size."""
+    tower = make_tower(model)
+    weight, side = tower.patch.weight, image_size or tower.image_size
+    if pixel_values is None:
+        pixel_values = weight.new_zeros(images, weight.shape[1], side, side)
+    tokens = run_encoder(tower, pixel_values, reducer, trace=True)
+    read_out(model, tower, tokens)
+    return tokens
+
+
+def encoder_macs(model, reducer=None, image_size=None):
+    """Multiply-adds of one image through the vision encoder (2 FLOPs each), the reducer's own included."""
+    try:
+        return trace_encoder(model, reducer, image_size=image_size, images=0).macs
+    except (RuntimeError, IndexError):  # a reducer that must see an image
+        return trace_encoder(model, reducer, image_size=image_size).macs
+
+
+def fit_budget(make, limit, cost, steps=14):
+    """The dearest reducer make(position) that costs at most `limit`, by bisection of position in [0, 1].
+
+    make: position → reducer, dearer with position; cost: reducer → multiply-adds. ValueError if none fits."""
+    low, high, best = 0.0, 1.0, make(0.0)
+    check(cost(best) <= limit, "budget in multiply-adds", limit, f"at least {cost(best)} for this method")
+    if cost(make(1.0)) <= limit:
+        return make(1.0)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        reducer = make(middle)
+        low, high, best = (middle, high, reducer) if cost(reducer) <= limit else (low, middle, best)
+    return best
+
+
+def strength_at(factory, kind, patches, cls_only_last=True, **options):
+    """position in [0, 1] → a reducer; 0 is the strongest reduction, 1 is none. kind: 'keep' or 'merge' (see Reducer).
+
+    cls_only_last: with or without the exact shortcut of the last layer; None: as the factory has it."""
+    def make(position):
+        reducer = factory(max(position, 1 / patches) if kind == "keep" else (1 - position) * patches / 2, **options)
+        reducer.cls_only_last = reducer.cls_only_last if cls_only_last is None else cls_only_last
+        return reducer
+
+    return make
+
+
+@torch.enable_grad()
+def fit_summary(model, images, dense, keep, steps, batch=16, seed=0):
+    """offset (D,) for InputPruning(keep, "learned", offset): minimises 1 - cosine(pruned, dense) by `steps` of Adam.
+
+    images: anything with len() and batch(index, device) → (B, 3, H, W); dense: (n, P) their features without pruning."""
+    tower = make_tower(model)
+    with torch.no_grad():
+        scale = tower.embed(images.batch([0], model.device))[:, tower.prefix:].abs().median()
+    offset = torch.zeros(tower.patch.out_channels, device=model.device, requires_grad=True)
+    reducer, optimizer = InputPruning(keep, "learned", offset), torch.optim.Adam([offset], lr=0.05 * float(scale))
+    generator = torch.Generator().manual_seed(seed)
+    frozen = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
+    for _ in range(steps):
+        index = torch.randint(len(images), (batch,), generator=generator)
+        pruned = encode_images(model, images.batch(index, model.device), reducer)
+        loss = 1 - (pruned * dense[index].to(pruned.device)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for p in frozen:
+        p.requires_grad_(True)
+    return offset.detach()
+
+
+def importance(tokens, by_value=False, samples=16):
+    """(B, N - prefix) float32: the attention that the CLS token pays to every other token, mean over heads.
+
+    by_value: times the length of its value vector. Without a CLS token: the mean over about `samples` spread queries."""
+    q = tokens.q[:, :, :1] if tokens.prefix else tokens.q[:, :, :: max(1, tokens.q.shape[2] // samples)]
+    logits = (q @ tokens.k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    logits = logits if tokens.logits_bias is None else logits + tokens.logits_bias
+    tokens.macs += math.prod(q.shape[1:]) * tokens.k.shape[2]
+    attention = torch.softmax(logits, dim=-1).mean(2)
+    attention = attention * tokens.v.float().norm(dim=-1) if by_value else attention
+    return attention.mean(1)[:, tokens.prefix:]

@@ -1,4 +1,4 @@
-# Provisional: will be written by `python -m lab.build` from vlm/token_merging.ipynb.
+# Written by `python -m lab.build` from vlm/token_merging.ipynb, where each part is explained: edit it there.
 """Reducers that merge similar tokens: ToMe, and our recipe."""
 
 from functools import lru_cache
@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from effarch.checks import check
+from effarch.checks import check, is_number
 from effarch.token_reduction.encoder import Reducer, check_keep, importance, take, track
 
 
@@ -16,9 +16,9 @@ def merge_naive(tokens, kept, rest, target, keep_norm=False):
     x, size = take(tokens.x, kept), sizes.gather(1, kept)
     for image, i in [(b, t) for b in range(len(x)) for t in set(target[b].tolist())]:
         group = torch.cat([kept[image, i : i + 1], rest[image, target[image] == i]])
-        share = sizes[image, group] / sizes[image, group].sum()
-        mean = share @ tokens.x[image, group]
-        length = (share @ tokens.x[image, group].norm(dim=-1)) / mean.norm() if keep_norm else 1.0
+        weight = sizes[image, group] / sizes[image, group].sum()
+        mean = weight @ tokens.x[image, group]
+        length = (weight @ tokens.x[image, group].norm(dim=-1)) / mean.norm() if keep_norm else 1.0
         x[image, i], size[image, i] = mean * length, sizes[image, group].sum()
     return x, size
 
@@ -34,13 +34,13 @@ def merge(tokens, kept, rest, target, keep_norm=False):
     new, parts, before = take(x, kept), take(x, rest), take(x, kept.gather(1, target))
     part_sizes = sizes.gather(1, rest)
     tokens.sizes = sizes.gather(1, kept).scatter_add_(1, target, part_sizes)
-    share = part_sizes / tokens.sizes.gather(1, target)
-    rows = (target + torch.arange(0, kept.numel(), kept.shape[1], device=x.device)[:, None]).flatten()
+    weight = part_sizes / tokens.sizes.gather(1, target)
+    rows = (target + torch.arange(len(x), device=x.device)[:, None] * kept.shape[1]).flatten()
     flat = new.view(-1, x.shape[-1])
-    flat.index_add_(0, rows, ((parts - before) * share[..., None]).flatten(0, 1))
+    flat.index_add_(0, rows, ((parts - before) * weight[..., None]).flatten(0, 1))
     if keep_norm:
         length = before.norm(dim=-1)
-        longer = torch.zeros_like(tokens.sizes).scatter_add_(1, target, (parts.norm(dim=-1) - length) * share)
+        longer = torch.zeros_like(tokens.sizes).scatter_add_(1, target, (parts.norm(dim=-1) - length) * weight)
         merged = flat.index_select(0, rows)
         wanted = (length + longer.gather(1, target)).flatten() / merged.norm(dim=-1).clamp(min=1e-6)
         flat.index_copy_(0, rows, merged * wanted[:, None])
@@ -50,32 +50,28 @@ def merge(tokens, kept, rest, target, keep_norm=False):
 def match_alternating(metric, merges, prefix=1, weight=None):
     """ToMe's matching (arXiv 2210.09461): tokens at even places (A) choose their most similar at odd ones (B).
 
-    metric: (B, N, C), compared by cosine; prefix: 1 with a CLS token, else 0. The `merges` pairs with the least
-    loss merge: 1 - similarity, times the source's `weight` (B, N) if given. Returns kept (B, N - merges),
-    rest and target (B, merges) for `merge`."""
-    inverse = metric.norm(dim=-1).clamp(min=1e-12).reciprocal()
-    similarity = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)) * inverse[:, None, 1::2]
-    best, partner = similarity.max(-1)
-    loss = 1 - best * inverse[:, ::2]
-    loss = loss if weight is None else loss * weight[:, ::2]
-    loss[:, :prefix] = -torch.inf  # the CLS token (in A, so nothing joins it) comes first and stays
+    metric: (B, N, C), compared by cosine in float32; prefix: 1 with a CLS token, else 0. The `merges` pairs with
+    the least loss merge: 1 - similarity, times the source's `weight` (B, N) if given. Returns kept (B, N - merges),
+    A before B and each in order, rest and target (B, merges), as `merge` wants them."""
+    metric = F.normalize(metric.float(), dim=-1)
+    similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+    loss = 1 - similarity if weight is None else (1 - similarity) * weight[:, ::2]
+    loss[:, :prefix] = torch.inf  # the CLS token is in A, where nothing joins it, and never leaves
     order = loss.argsort(dim=1, stable=True)
-    source = order[:, prefix : prefix + merges]
-    stay = torch.cat([order[:, :prefix], order[:, prefix + merges :]], 1)
+    source, stay = order[:, :merges], order[:, merges:].sort(1).values
     odd = torch.arange(1, metric.shape[1], 2, device=metric.device).expand(len(metric), -1)
     return torch.cat([2 * stay, odd], 1), 2 * source, partner.gather(1, source) + stay.shape[1]
 
 
 class MergeSimilar(Reducer):
-    """ToMe: merge the most similar pairs of tokens in every layer, between attention and MLP.
+    """ToMe (arXiv 2210.09461): merge the most similar pairs of tokens in every layer, between attention and MLP.
 
-    r: mean tokens merged per layer."""
+    r: mean tokens merged per layer. Unlike the published code we keep the order of tokens also without a CLS token."""
 
     kind = "merge"
 
     def __init__(self, r, cls_only_last=False, size_bias=1.0):
-        number = isinstance(r, (int, float)) and not isinstance(r, bool)
-        check(number and 0 <= r < float("inf"), "r", r, "a finite number of at least 0")
+        check(is_number(r) and r >= 0, "r", r, "a finite number of at least 0")
         self.r, self.cls_only_last, self.size_bias = r, cls_only_last, size_bias
 
     def merges(self, tokens):
@@ -84,7 +80,7 @@ class MergeSimilar(Reducer):
 
     def metric(self, tokens):
         """(B, N, C) what similarity is measured on: the keys, mean over heads."""
-        return tokens.k.mean(1)
+        return tokens.k.float().mean(1)
 
     def weight(self, tokens):
         """(B, N) how much losing a source matters, or None for all alike."""
@@ -130,15 +126,14 @@ def straight(keep, depth):
 def checkerboard(tokens):
     """Order the patches so that all four neighbours of a patch stand at places of the other parity.
 
-    Matching pairs even places with odd ones. Row by row on a grid of even width, a patch and the one below it
-    have the same parity and could never merge; so every second row swaps its columns pairwise."""
-    patches = tokens.x.shape[1] - tokens.prefix
-    side = round(patches**0.5)
-    if side * side != patches or side % 2:
-        return  # no square grid, or one of odd width, whose rows alternate as they are
-    places = torch.arange(patches).view(side // 2, 2, side // 2, 2)
-    places = torch.stack([places[:, 0], places[:, 1].flip(-1)], 1).flatten() + tokens.prefix
-    order = torch.cat([torch.arange(tokens.prefix), places]).to(tokens.x.device).expand(len(tokens.x), -1)
+    On a grid of even width every second row swaps its columns pairwise; one of odd width alternates as it is."""
+    rows, columns = tokens.grid or (0, 1)
+    if columns % 2 or rows * columns != tokens.x.shape[1] - tokens.prefix:
+        return
+    places = torch.arange(rows * columns).view(rows, columns // 2, 2)
+    places[1::2] = places[1::2].flip(-1)
+    order = torch.cat([torch.arange(tokens.prefix), places.flatten() + tokens.prefix])
+    order = order.to(tokens.x.device).expand(len(tokens.x), -1)
     track(tokens, order)
     tokens.x = take(tokens.x, order)
 
@@ -147,12 +142,10 @@ MERGING_TWELFTHS = (1, 3, 5, 6, 8)  # where in the depth ours merges: five times
 
 
 class ProtectedMerging(MergeSimilar):
-    """Our recipe. Like ToMe, but: five merges, most of it in the middle layers; vertical neighbours can merge,
-    too; hidden states are compared, not keys; what the CLS token reads and what is already large merges last; a
-    merged token keeps its parts' mean length; attention gets 0.85 of the log sizes; of the last layer only the
-    CLS row is computed.
+    """Our recipe: ToMe with eight changes. keep: mean share of the tokens left over the layers.
 
-    keep: mean share of the tokens left over the layers. The other arguments remove one part each."""
+    The other arguments remove one change each: shape=straight, every_layer=True, checkered=False, hidden=False,
+    protect=False, keep_norm=False, size_bias=1.0, cls_only_last=False."""
 
     kind = "keep"
 
@@ -168,9 +161,8 @@ class ProtectedMerging(MergeSimilar):
 
     def merges(self, tokens):
         """What the shape asks for, on average over the layers up to the next merge."""
-        left, at = self.shape(self.keep, tokens.depth), range(tokens.depth)
-        if not self.every_layer:
-            at = sorted({tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS})
+        left, five = self.shape(self.keep, tokens.depth), {tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS}
+        at = range(tokens.depth) if self.every_layer else sorted(five)
         if tokens.layer not in at:
             return 0
         until = next((layer for layer in at if layer > tokens.layer), tokens.depth)
@@ -184,8 +176,7 @@ class ProtectedMerging(MergeSimilar):
         if not self.protect:
             return None
         scores = importance(tokens)
-        weight = scores / scores.mean(1, keepdim=True) + 0.05
-        weight = F.pad(weight, (tokens.prefix, 0))
+        weight = F.pad(scores / scores.mean(1, keepdim=True) + 0.05, (tokens.prefix, 0))
         return (weight if tokens.sizes is None else weight * tokens.sizes).sqrt()
 
     def after_attention(self, tokens):

@@ -1,0 +1,384 @@
+"""effarch.clip: images of every sort, checkpoints, the class-name head, quality per image, and the real checkpoint's regression,
+where EA_CLIP_CHECKPOINT and EA_CIFAR10 say where it is."""
+
+import os
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from test_encoder import build, close, library_feature
+
+from effarch.clip.checkpoints import load_checkpoint, locate_checkpoint, reachable
+from effarch.clip.digits import DIGITS, digit_images, spell, train_digits_clip
+from effarch.clip.images import (
+    CIFAR_CLASSES,
+    Images,
+    folder_images,
+    load_images,
+    preprocess,
+    scaling,
+    stratified,
+    to_rgb,
+)
+from effarch.clip.photographs import from_patches, paint_groups, paint_kept, photographs, to_patches
+from effarch.clip.quality import judge_images, per_image, quality_columns
+from effarch.clip.study import prepare
+from effarch.clip.towers import make_tower
+from effarch.clip.zero_shot import image_features, prompt_templates, text_features
+from effarch.token_reduction import encode_images, reducer_for_budget
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return build("CLIP")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64)
+
+
+def image_folder(root, classes=("cat", "dog"), each=3):
+    for i, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for j in range(each):
+            Image.new("RGB", (20, 30), (40 * i, 60 * j, 90)).save(root / name / f"{j}.png")
+    return root
+
+
+# images
+
+
+def test_images_are_what_the_processor_makes(processor, tmp_path):
+    root = image_folder(tmp_path / "x")
+    images = load_images(f"imagefolder:{root}", 4, processor)
+    assert len(images) == 4 and images.classes == ["cat", "dog"] and images.labels.bincount().tolist() == [2, 2]
+    paths = folder_images(root)[0]
+    expected = processor([Image.open(p) for p in paths], return_tensors="pt")["pixel_values"]
+    pixels, good = preprocess(paths, processor)
+    close(Images(pixels, None, [], "", **scaling(processor)).batch(slice(None)), expected)
+    assert good == list(range(6))
+
+
+@pytest.mark.parametrize("settings", [dict(do_normalize=False), dict(rescale_factor=1 / 127.5), dict(do_rescale=False),
+                                      dict(do_rescale=False, do_normalize=False), dict(image_mean=[0.1, 0.2, 0.3])])
+def test_the_processors_settings_are_followed(settings, tmp_path):
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64, **settings)
+    images = load_images(f"imagefolder:{image_folder(tmp_path / 'x')}", 6, processor)
+    found = images.batch(slice(None))
+    expected = processor([Image.open(p) for p in folder_images(tmp_path / "x")[0]], return_tensors="pt")["pixel_values"]
+    order = [min(range(6), key=lambda j: (expected[j] - image).abs().sum()) for image in found]
+    assert sorted(order) == list(range(6))
+    close(found, expected[order], 1e-4 * expected.abs().max())
+
+
+def test_a_part_of_the_images_keeps_labels_and_scaling():
+    images = Images(torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2), torch.arange(4), ["a"], "x", scale=1.0)
+    part = images.part([2, 3])
+    assert part.labels.tolist() == [2, 3] and torch.equal(part.batch(slice(None)), images.batch([2, 3]))
+    assert [len(batch) for batch in images.batches(3)] == [3, 1] and Images(images.pixels, None, [], "").part([1]).labels is None
+
+
+def test_pictures_are_turned_as_their_exif_says(tmp_path):
+    picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 6).repeat(8, 0).repeat(8, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    picture.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(tmp_path / "x.png")))[..., 0], np.rot90(np.asarray(picture), -1))
+
+
+def test_grey_of_sixteen_bits_and_floats_are_neither_white_nor_black(tmp_path):
+    values = np.linspace(0, 1, 64).reshape(8, 8)
+    expected = (values * 255).round().astype(np.uint8)
+    Image.fromarray((values * 65535).astype(np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "unit.tif")
+    Image.fromarray((values * 255).astype(np.float32)).save(tmp_path / "bytes.tif")
+    Image.fromarray((values * 255).astype(np.int32)).save(tmp_path / "ints.tif")
+    for name in ("grey.png", "unit.tif", "bytes.tif", "ints.tif"):
+        found = np.asarray(to_rgb(Image.open(tmp_path / name)))
+        assert found.shape == (8, 8, 3) and np.abs(found[..., 1].astype(int) - expected).max() <= 1, name
+
+
+def png_of(width, height):
+    """A PNG header that promises width × height pixels, and little behind it."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def test_undecodable_files_are_skipped_and_counted(processor, tmp_path):
+    root = image_folder(tmp_path / "x")
+    (root / "cat" / "broken.png").write_bytes(b"\x89PNG\r\n not really")
+    (root / "dog" / "empty.jpg").write_bytes(b"")
+    (root / "dog" / "bomb.png").write_bytes(png_of(40_000, 40_000))
+    images = load_images(f"imagefolder:{root}", 9, processor)
+    assert len(images) == 6 and images.skipped == 3
+    for name in ("cat", "dog"):
+        for path in (root / name).iterdir():
+            path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none of 9 could"):
+        load_images(f"imagefolder:{root}", 9, processor)
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder:/nowhere/at/all", "imagenet", "synthetic:x", "synthetic:4", ""])
+def test_bad_datasets_are_one_clear_line(processor, dataset):
+    with pytest.raises(ValueError, match="DATASET"):
+        load_images(dataset, 4, processor)
+
+
+def test_folders_that_are_no_class(tmp_path):
+    root = image_folder(tmp_path / "x", ("golden_retriever", "Katze"))
+    for name in (".cache", "__MACOSX"):
+        (root / name).mkdir()
+    (root / "Katze" / "._0.png").write_bytes(b"resource fork")
+    paths, labels, classes = folder_images(root)
+    assert classes == ["Katze", "golden retriever"] and len(paths) == 6 and sorted(labels) == [0] * 3 + [1] * 3
+    (root / "empty").mkdir()
+    with pytest.raises(ValueError, match="without: \\['empty'\\]"):
+        folder_images(root)
+    (root / "empty").rmdir()
+    image_folder(root, ("golden retriever",))
+    with pytest.raises(ValueError, match="names differ by more"):
+        folder_images(root)
+
+
+def test_synthetic_images_have_the_models_size(processor):
+    for side in (64, 128):
+        assert load_images(f"synthetic:{side}", 3, processor).pixels.shape == (3, 3, 64, 64)
+
+
+def test_a_stratified_sample_is_balanced_as_far_as_it_goes():
+    labels = [0] * 10 + [1] * 3 + [2] * 10
+    index = stratified(labels, 12, 0)
+    assert sorted(np.bincount([labels[i] for i in index]).tolist()) == [3, 4, 5] and len(set(index)) == 12
+    assert len(stratified(labels, 99, 0)) == 23 and stratified(labels, 5, 1).tolist() == stratified(labels, 5, 1).tolist()
+
+
+# the class-name head
+
+
+def test_class_names_that_no_prompt_fits_are_refused():
+    assert len(prompt_templates(list(CIFAR_CLASSES))) == 18
+    assert prompt_templates(["tabby cat", "mountain", "猫", "犬"]) == ["a photo of a {}."]
+    for bad in ("0012", "n01440764", "7", "x", "…"):
+        with pytest.raises(ValueError, match="class names"):
+            prompt_templates(["cat", bad])
+
+
+class Fake:
+    """A checkpoint whose tokenizer spells the last letters of a text, or, blind, nothing."""
+
+    def __init__(self, model, blind=False):
+        self.model, self.blind = model, blind
+
+    def tokenize(self, texts):
+        ids = [[0, *(2 if self.blind else ord(c) % 90 + 5 for c in t[-4:]), 1] for t in texts]
+        return transformers.BatchEncoding({"input_ids": torch.tensor(ids)})
+
+
+def test_text_is_pooled_at_the_end_token(clip):
+    text = text_features(Fake(clip), ["zebra", "horse", "plane"], ["a photo of a {}", "one {}"])
+    assert text.shape == (3, 24) and (text @ text.T - 2 * torch.eye(3)).max() < 0.9999
+    close(text.norm(dim=-1), torch.ones(3))
+    states = clip.text_model(**Fake(clip).tokenize(["zebra", "horse"])).last_hidden_state
+    close(states[0, 0], states[1, 0])  # the start token of a causal encoder sees nothing
+
+
+def test_texts_that_are_all_alike_and_a_single_class_are_refused(clip):
+    with pytest.raises(ValueError, match="class texts=\\['zebra', 'horse'\\] is not allowed.*tells apart"):
+        text_features(Fake(clip, blind=True), ["zebra", "horse"], ["a {}"])
+    with pytest.raises(ValueError, match="at least two"):
+        text_features(Fake(clip), ["zebra"], ["a {}"])
+
+
+# checkpoints
+
+
+def save_clip(folder, clip):
+    clip.save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
+    return folder
+
+
+def test_checkpoint_folders_that_cannot_be_used(clip, tmp_path):
+    with pytest.raises(ValueError, match="MODEL_ID.*config.json"):
+        locate_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="MODEL_ID"):
+        locate_checkpoint(str(tmp_path / "missing"))
+    folder = save_clip(tmp_path / "My CLIP", clip)
+    location = locate_checkpoint(str(folder))
+    assert location.slug == "my-clip"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_checkpoint(location, torch.device("cpu"))
+
+
+def test_texts_are_padded_to_the_text_towers_length_even_if_the_tokenizer_does_not_know_it(clip, tmp_path):
+    from test_encoder import word_tokenizer
+
+    folder, tokenizer = save_clip(tmp_path / "x", clip), word_tokenizer()
+    tokenizer.model_max_length = int(1e30)  # what a tokenizer without that setting says
+    tokenizer.save_pretrained(folder)
+    checkpoint = load_checkpoint(locate_checkpoint(str(folder)), torch.device("cpu"))
+    assert checkpoint.tokenize(["a cat", "this is a dog"])["input_ids"].shape == (2, clip.config.text_config.max_position_embeddings)
+    assert checkpoint.pretrained and checkpoint.facts["sha256"]
+
+
+def test_without_a_network_a_stand_in_or_a_clear_refusal(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    location = locate_checkpoint("openai/clip-vit-base-patch16")
+    assert location.folder is None and location.why
+    assert locate_checkpoint("openai/clip-vit-base-patch16", smoke=True).slug == "random-tiny"
+    with pytest.raises(ValueError, match="MODEL_ID"):
+        locate_checkpoint("some-body/some-clip")
+    checkpoint = load_checkpoint(location, torch.device("cpu"), smoke=True)
+    assert not checkpoint.pretrained and checkpoint.tokenize is None
+    assert reachable("http://127.0.0.1:9", 2) is False
+
+
+def a_run(smoke):
+    return SimpleNamespace(smoke=smoke, device=torch.device("cpu"), seed=0, facts={})
+
+
+def test_a_study_without_weights_says_why_nothing_is_judged(capsys):
+    location = locate_checkpoint("openai/clip-vit-base-patch16", smoke=True)
+    for smoke, measurable in ((True, True), (False, False)):
+        run = a_run(smoke)
+        location.why = "no answer from the hub"
+        if not smoke:  # the tiny stand-in again, in a run that is meant
+            study = prepare_tiny(run, location)
+        else:
+            study = prepare(run, location, "cifar10", 6)
+        assert study.measurable is measurable and len(study.images) == 6
+        assert "no answer from the hub" in study.why_not and run.facts["quality"] == study.why_not
+        assert (study.text is None) is not smoke
+    assert "random numbers, no result" in capsys.readouterr().out
+
+
+def prepare_tiny(run, location):
+    """`prepare` for a run that is no smoke run, with the small random model instead of the large one."""
+    import effarch.clip.study as study
+
+    load, study.load_checkpoint = study.load_checkpoint, lambda where, device, smoke: load_checkpoint(where, device, True)
+    try:
+        return prepare(run, location, "synthetic:64", 6)
+    finally:
+        study.load_checkpoint = load
+
+
+# quality
+
+
+def test_quality_is_exact_on_known_features():
+    dense = F.normalize(torch.tensor([[1.0, 0], [0, 1.0], [1.0, 1.0], [1.0, 0.1]]), dim=-1)
+    moved = dense.clone()
+    moved[1] = torch.tensor([1.0, 0])
+    labels = torch.tensor([0, 1, 0, 0])
+    whole, seen = (per_image([judge_images(f, dense, torch.eye(2), labels)]) for f in (dense, moved))
+    row = quality_columns(seen, dense=whole)
+    assert row["top1_agreement"] == 0.75 and row["cosine_mean"] == pytest.approx(0.75)
+    assert row["accuracy_minus_dense"] == pytest.approx(-0.25) and row["n_images"] == 4
+    assert row["top1_agreement_low"] < 0.75 < row["top1_agreement_high"] < 1
+    assert "top1_agreement" not in quality_columns(per_image([judge_images(moved, dense)]))
+
+
+def test_features_that_are_not_finite_are_a_status_and_no_number():
+    good, text = F.normalize(torch.randn(3, 4), dim=-1), torch.eye(4)
+    bad = good.clone()
+    bad[1, 2] = float("nan")
+    row = judge_images(bad, good, text, torch.zeros(3))
+    assert row["status"] == "nan" and quality_columns(per_image([row])) == dict(n_images=0, status="nan")
+
+
+def test_half_precision_features_are_judged_in_float32():
+    features = F.normalize(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    row = judge_images(features.bfloat16(), features, torch.eye(64), torch.zeros(9))
+    assert per_image([row])["cosine"].min() > 0.999 and len(set(row["cosines"].split())) > 1
+
+
+# digits and photographs
+
+
+def test_the_digits_model_learns_in_seconds():
+    train, test = digit_images()
+    assert len(train) == 1297 and len(test) == 500 and train.pixels.shape[1:] == (3, 32, 32)
+    with torch.enable_grad():
+        checkpoint, test = train_digits_clip(torch.device("cpu"), steps=150, log=lambda text: None)
+    text = text_features(checkpoint, DIGITS, ["a photo of a {}."])
+    encode = lambda x: library_feature(checkpoint.model, x)
+    accuracy = ((image_features(encode, test) @ text.T).argmax(-1) == test.labels).float().mean()
+    assert accuracy > 0.3 and spell(["a", "abc"])["input_ids"].shape == (2, 5)
+
+
+def test_patches_and_back_and_what_is_painted():
+    image = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(from_patches(to_patches(image, 16), 3), image.permute(1, 2, 0))
+    owner = torch.tensor([0, -1, 1, 2, 3, 4])
+    kept = paint_kept(image, owner, 16)
+    assert torch.equal(kept[:16, :16], image.permute(1, 2, 0)[:16, :16]) and kept[:16, 16:32].max() <= 0.15
+    painted = paint_groups(image, torch.tensor([0, 0, 1, 2, 3, 4]), 16)
+    assert painted[2:14, 2:14].flatten(0, 1).std(0).max() < 1e-6, "a group has one colour"
+    assert torch.equal(painted[18:30, 2:14], image.permute(1, 2, 0)[18:30, 2:14]), "a single patch stays as it is"
+
+
+def test_photographs_or_the_studys_own_images_where_there_are_none(processor, monkeypatch, capsys):
+    import sys
+
+    study = SimpleNamespace(checkpoint=SimpleNamespace(processor=processor), images=load_images("synthetic:64", 9, processor))
+    names, photos = photographs(study, most=3)
+    assert len(names) == len(photos) == 3 and photos.pixels.shape[1:] == (3, 64, 64) and names[0] == "astronaut"
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    names, photos = photographs(study, most=3)
+    assert names == ["image 1", "image 2", "image 3"] and "not installed" in capsys.readouterr().out
+
+
+def test_towers_say_whether_they_pool():
+    for family, pools in {"CLIP": True, "SigLIP": True, "SigLIP without head": False, "ViT": True, "ViT classifier": False}.items():
+        assert make_tower(build(family)).pools is pools, family
+
+
+# the real checkpoint
+
+
+@pytest.fixture(scope="module")
+def real():
+    """(checkpoint, test images, text features, dense features) of the real CLIP on CIFAR-10."""
+    folder, data = os.environ.get("EA_CLIP_CHECKPOINT"), os.environ.get("EA_CIFAR10")
+    if not folder or not data:
+        pytest.skip("EA_CLIP_CHECKPOINT and EA_CIFAR10 do not name a checkpoint and a CIFAR-10 folder")
+    with torch.no_grad():
+        checkpoint = load_checkpoint(locate_checkpoint(folder), torch.device("cpu"))
+        images = load_images(f"imagefolder:{data}/test_1k", 1000, checkpoint.processor)
+        text = text_features(checkpoint, images.classes, prompt_templates(images.classes))
+        return checkpoint, images, text, image_features(lambda x: encode_images(checkpoint.model, x), images)
+
+
+@pytest.mark.checkpoint
+def test_real_class_name_accuracy(real):
+    checkpoint, images, text, dense = real
+    assert ((dense @ text.T).argmax(-1) == images.labels).float().mean() >= 0.92
+    close(encode_images(checkpoint.model, images.batch([0, 1])), library_feature(checkpoint.model, images.batch([0, 1])))
+
+
+@pytest.mark.checkpoint
+def test_real_target_at_half_of_the_compute(real):
+    checkpoint, images, text, dense = real
+    reducer = reducer_for_budget("ours", 0.5, checkpoint.model)
+    reduced = image_features(lambda x: encode_images(checkpoint.model, x, reducer), images)
+    whole, seen = (per_image([judge_images(f, dense, text, images.labels)]) for f in (dense, reduced))
+    row = quality_columns(seen, dense=whole)
+    assert row["cosine_mean"] >= 0.973 and row["top1_agreement"] >= 0.955 and row["accuracy_minus_dense"] >= -0.03
