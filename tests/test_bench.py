@@ -262,6 +262,12 @@ def test_flops_limits_and_slopes():
 # the one rule of inference
 
 
+def test_ceilings_that_cannot_be_measured_are_unknown(monkeypatch):
+    monkeypatch.setattr(timing_module, "attempt", lambda fn, device: "oom")
+    limits = bench.ceilings(CPU)
+    assert all(map(math.isnan, limits.values())) and math.isnan(bench.limit_ms(1e9, 1e6, limits))
+
+
 def test_interval_covers_the_truth_and_shrinks():
     generator = np.random.default_rng(1)
 
