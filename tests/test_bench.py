@@ -808,6 +808,19 @@ def test_figure_is_the_same_bytes_twice_and_says_what_it_shows(run):
     assert {p.name for p in run.figures.iterdir()} == {"f.png", "photo.jpg"} and not plt.get_fignums()
 
 
+def test_a_notebook_shows_the_very_file(run, monkeypatch):
+    """No second rendering: laying a figure out takes longer than all the rest."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr(plt, "show", no_call)
+    with kernel("draw()"):
+        draw(run)
+        draw(run, "photo", photo=True)
+    png, jpg = shown
+    assert png.data == (run.figures / "f.png").read_bytes() and jpg.data == (run.figures / "photo.jpg").read_bytes()
+    assert (png.format, jpg.format, png.alt, png.width) == ("png", "jpeg", "a line", 800)
+
+
 def test_series_are_told_apart_without_colour():
     marks = [(bench.series_style(i)["marker"], bench.series_style(i)["linestyle"]) for i in range(8)]
     assert len(set(marks)) == 8 and len({mark for mark, _ in marks}) == 8

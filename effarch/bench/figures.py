@@ -57,10 +57,23 @@ def save_figure(run, fig, name, alt, n=None, photo=False):
                  ha="center", va="center", rotation=20)
     from effarch.bench.run import write_atomically
 
-    write_atomically(run.figures / f"{Path(name).stem}.{'jpg' if photo else 'png'}", encode(fig, alt, photo))
-    plt.show()
+    picture = encode(fig, alt, photo)
+    write_atomically(run.figures / f"{Path(name).stem}.{'jpg' if photo else 'png'}", picture)
+    show(fig, picture, alt)
     plt.close(fig)
     print(f"{name}: {alt}")
+
+
+def show(fig, picture, alt):
+    """Show what was written, in a notebook: the layout of a figure takes longer than all the rest, once is enough."""
+    try:
+        get_ipython()
+    except NameError:
+        return plt.show()
+    from IPython.display import Image as Picture
+    from IPython.display import display
+
+    display(Picture(picture, alt=alt, width=round(100 * fig.get_figwidth())))
 
 
 def encode(fig, alt, photo=False, dpi=130):
