@@ -168,6 +168,9 @@ def write_vision_tables(root):
             ("dense", 80.0), ("ours", 50.0), ("tome", 51.0), ("evit", 45.0), ("smaller_input", 40.0), ("vtp", 41.0))])
     original = dict(variant="drop", keep_ratio=0.7, share_of_dense_macs=0.68, n_images=1000, status="ok") | base
     write_csv(place / "clip_vtp_results.csv", pd.DataFrame([original | with_ends(accuracy_change=-0.05)]))
+    equal = [dict(method=m, budget=0.5, share_of_dense_macs=0.49, n_images=1000, status="ok") | base | with_ends(cosine_mean=c)
+             for m, c in (("ours", 0.95), ("tome", 0.9), ("vtp", 0.8))]
+    write_csv(place / "clip_equal_compute.csv", pd.DataFrame(equal))
     timed(place, "token_scaling", base, [
         dict(shape=shape, side=side, batch=1, dtype="float32", attention="sdpa", method=m, ms=ms * side)
         for shape, methods in (("clip-tiny", (("dense", 0.4), ("ours", 0.2))), ("random-vit-b-16", (("dense", 4.0),)))

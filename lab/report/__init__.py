@@ -19,7 +19,7 @@ from pathlib import Path
 
 from effarch.bench import claims, intervals
 from effarch.bench.run import write_atomically
-from lab.report import charts, page, poster, text
+from lab.report import charts, findings, page, poster, text
 from lab.report.reading import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,4 +93,8 @@ def main(argv=None):
     paths = stale(root) if options.check else write(root)
     for path in paths:
         print(f"{path.relative_to(root)}{': stale, run `python -m lab.report`' if options.check else ''}")
+    if not options.check:
+        found = set(read(root).findings["key"])
+        absent = [f.key for f in findings.FINDINGS if f.key not in found]
+        print(f"findings without rows: {', '.join(absent) or 'none'}")
     return int(options.check and bool(paths))

@@ -3,7 +3,9 @@
 Each takes the axes and a Place and returns the rows it shows; Missing (and nothing drawn) where there are none. Sizes
 come from rcParams, so that the same chart suits a wall and a phone."""
 
+import re
 import struct
+import warnings
 import zlib
 
 import matplotlib
@@ -122,11 +124,13 @@ SHARES = {"0.5": "half", "0.75": "3/4", "0.875": "7/8", "0.125": "1/8"}
 
 
 def design_name(variant):
-    """'SplitMRSS r=8 α=0.875' in words: 'split: 7/8 at 1/8 rate'."""
-    kind, rate, share = variant.split(" ")
-    rate, share = rate.removeprefix("r="), share[2:]
+    """'SplitMRSS r=8 α=0.875' in words: 'split: 7/8 at 1/8'; another name stays as it is."""
+    found = re.fullmatch(r"(Split|Sparse)MRSS r=(\d+) [αρ]=([\d.]+)", variant)
+    if not found:
+        return variant
+    kind, rate, share = found.groups()
     share = SHARES.get(share, f"{float(share):.0%}")
-    return f"sparse: {share} full" if kind.startswith("Sparse") else f"split: {share} at 1/{rate}"
+    return f"sparse: {share} full" if kind == "Sparse" else f"split: {share} at 1/{rate}"
 
 
 def rates(axes, place):
@@ -263,14 +267,24 @@ HEADLINES = [
 ]
 
 
+def drawn(chart, axes, place):
+    """chart(axes, place), or None where its rows are missing; a column that is not there is told and gives None."""
+    try:
+        return chart(axes, place)
+    except Missing:
+        return None
+    except KeyError as error:
+        warnings.warn(f"{place.path}: the chart {chart.__name__}: no column {error}", stacklevel=2)
+        return None
+
+
 def picture(title, chart, place, mark, alt):
     """One of the README's pictures as PNG bytes; None where the chart's rows are missing."""
     with matplotlib.rc_context(SMALL):
         figure = Figure(figsize=(7, 4.6), layout="constrained", dpi=100)
         axes = figure.add_subplot()
-        try:
-            table = chart(axes, place)
-        except Missing:
+        table = drawn(chart, axes, place)
+        if table is None:
             return None
         figure.supxlabel(footer(table, place.device), fontsize=8, color="#555555", x=0.99, ha="right")
         axes.clear()  # again, now that the labels have their room

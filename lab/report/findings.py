@@ -11,6 +11,7 @@ from lab.report.select import (
     Ambiguous,
     Cell,
     Decided,
+    Either,
     Errors,
     Mean,
     Missing,
@@ -58,13 +59,15 @@ def verdict(finding, estimate):
 
 
 def find(number, place):
-    """number.measure(place), or None where its rows are missing; an ambiguous selection is told and gives None."""
+    """number.measure(place), or None where its rows are missing; an ambiguous selection or a column that is not there is
+    told and gives None."""
     try:
         return number.measure(place)
     except Missing:
         return None
-    except Ambiguous as error:
-        warnings.warn(f"{place.path}: {getattr(number, 'table', '')}: {error}", stacklevel=2)
+    except (Ambiguous, KeyError) as error:
+        what = f"no column {error}" if isinstance(error, KeyError) else error
+        warnings.warn(f"{place.path}: {getattr(number, 'table', '')}: {what}", stacklevel=2)
         return None
 
 
@@ -126,9 +129,10 @@ def collect(places, findings=None):
 
 # Shorthands for the table below
 
-MRSS, SCAN, MULTI, DISTIL = (f"ssm/{name}" for name in (
-    "mrss_proxy_experiment", "selective_scan", "multirate_scan", "kernel_distillation"))
-PRUNING, REDUCTION, SCALING = (f"vlm/{name}" for name in ("clip_pruning", "token_reduction", "token_scaling"))
+MRSS, SCAN, LAYERS, MULTI, DISTIL = (f"ssm/{name}" for name in (
+    "mrss_proxy_experiment", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels"))
+PRUNING, MERGING, REDUCTION, SCALING = (f"vlm/{name}" for name in (
+    "clip_pruning", "token_merging", "token_reduction", "token_scaling"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
 SPARSE = dict(variant="SparseMRSS r=32 ρ=0.125")
@@ -148,7 +152,7 @@ def design_speed(design, kind="forward"):
 
 def design_error(task, design=SPLIT):
     """Error of one of our designs over the baseline's."""
-    return Errors("mrss_quality", design, BASELINE, dict(task=task))
+    return Errors("mrss_quality", design, BASELINE, dict(task=task), pooled=True)
 
 
 def scan_speed(other):
@@ -186,6 +190,11 @@ def dense_error(kind):
     """Output error of a dense kernel, trained the way `kind`, at the largest rank that stores ten times fewer numbers."""
     return Mean("kernel_distillation_quality", "output_error",
                 dict(task="mixing", kind=kind, method="svd", saving=at_least(10), rank=max), unit="%")
+
+
+def feature_kept(method):
+    """Cosine of a method's image feature to the whole encoder's, at half the multiply-adds."""
+    return Cell("clip_equal_compute", "cosine_mean", dict(method=method, budget=0.5), words=("share_of_dense_macs",))
 
 
 def reduced(column, method="ours", budget=0.5, unit="%"):
@@ -233,12 +242,12 @@ FINDINGS = [
         beside=dict(speed=design_speed(SPARSE), scales=design_error("multi-timescale", SPARSE),
                     control=design_error("short-timescale", SPARSE))),
     Finding(
-        "scan_attention", SCAN, "Mamba or attention at my length?", layer_speed(ATTENTION),
+        "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION),
         "At {length} tokens a whole Mamba-2 layer is {value} as fast as an attention layer, and {early} at {early_length}.",
         below="Attention, up to {length} tokens.", above="Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
         beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(ATTENTION, min))),
     Finding(
-        "scan_decode", SCAN, "Does a state decode faster than a cache?", decode_speed(),
+        "scan_decode", LAYERS, "Does a state decode faster than a cache?", decode_speed(),
         "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer, and {early} after {early_context}.",
         below="No, up to {context} tokens.", above="Yes, {start_told}.",
         beside=dict(start=Start("scan_decode", ATTENTION, dict(variant="Mamba-2"), "context", "attention"),
@@ -250,7 +259,7 @@ FINDINGS = [
         below="No: {short} as fast.", above="Yes: {short} as fast.",
         more="With the library's own chunk size {default}; whole layers {layer}.",
         beside=dict(default=scan_speed(dict(variant="SSD transformers, Q=256")),
-                    layer=layer_speed(dict(variant="Mamba-2 transformers")))),
+                    layer=layer_speed(dict(variant=begins("Mamba-2 transformers"), latency_ms_median=min)))),
     Finding(
         "multirate_error", MULTI, "Do several rates help a real scan?",
         Errors("scan_quality", dict(variant="half at 1/4"), dict(variant="full rate"), dict(task="copying"), "accuracy",
@@ -274,9 +283,16 @@ FINDINGS = [
         beside=dict(early=dense_error("free"))),
     Finding(
         "original", PRUNING, "Does the original token pruning keep the accuracy?",
-        Cell("clip_vtp_results", "accuracy_change", dict(variant="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
+        Either((Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
+                Cell("clip_vtp_results", "accuracy_change", dict(variant="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)))),
         "With {share_of_dense_macs:.0%} of the multiply-adds left, class-name accuracy changes by {value}.",
         limit=-0.01, below="No: {short} lost.", above="Yes: at most one point lost."),
+    Finding(
+        "merging", MERGING, "How much of the image's feature survives merging?", feature_kept("ours"),
+        "With {share_of_dense_macs:.0%} of the multiply-adds, our merging keeps the feature at a cosine of {value} to the whole "
+        "encoder's.",
+        limit=None, above="Cosine {short}.", more="ToMe: {tome}; the original rule: {vtp}.",
+        beside=dict(tome=feature_kept("tome"), vtp=feature_kept("vtp"))),
     Finding(
         "tokens_free", REDUCTION, "How many tokens can go without losing accuracy?", reduced("accuracy_minus_dense", budget=0.7, unit="points"),
         "Merging similar tokens our way with {macs_share:.0%} of the multiply-adds changes class-name accuracy by {value}.",

@@ -7,7 +7,6 @@ import matplotlib
 
 from effarch.bench.figures import PALETTE
 from lab.report import charts, text
-from lab.report.select import Missing
 
 WIDTH, HEIGHT = 33.11, 23.39
 MARGIN, GAP = 0.7, 0.45
@@ -154,12 +153,8 @@ def draw_findings(page, report, y, bottom):
 def place_for(report, suite, chart):
     """The first place (a GPU where there is one) that has the rows of a chart, or None."""
     for place in report.shown_places:
-        if place.suite == suite:
-            try:
-                chart(Page().figure.add_axes([0, 0, 1, 1]), place)
-                return place
-            except Missing:
-                pass
+        if place.suite == suite and charts.drawn(chart, Page().figure.add_axes([0, 0, 1, 1]), place) is not None:
+            return place
     return None
 
 

@@ -238,7 +238,8 @@ class Errors:
     """Error of the trainings `a` over that of `b`, paired by seed.
 
     column: the error; with accuracy=True a share of right answers, whose error is 1 minus it. Where the table counts
-    (`wrong` of `n_test`), the counts are pooled."""
+    answers (`wrong` of `n_test`), pooled=True adds the counts up; else half an error is added to each, so that a training
+    without any has a ratio, too."""
 
     table: str
     a: dict
@@ -247,6 +248,7 @@ class Errors:
     column: str = "error"
     pair: str = "train_seed"
     accuracy: bool = False
+    pooled: bool = False
     unit: str = "×"
 
     def measure(self, place):
@@ -256,15 +258,21 @@ class Errors:
         sides, _ = narrow([rows(table, self.where | side) for side in (self.a, self.b)], self.where)
         if any(side[self.pair].duplicated().any() for side in sides):
             raise Ambiguous(f"several rows of one {self.pair} fit {describe(self.where | self.a)}")
-        both = sides[0].merge(sides[1], on=self.pair, suffixes=("_a", "_b"))
+        a, b = (side.set_index(self.pair) for side in sides)
+        both = a.index.intersection(b.index)
         if both.empty:
             raise Missing(describe(self.where | self.a))
+        a, b = a.loc[both], b.loc[both]
         source = f"{self.table}.csv: {describe(self.where | self.a)} over {describe(self.b)}"
-        counts = [f"{column}_{side}" for side in "ab" for column in ("wrong", "n_test")]
-        if set(counts) <= set(both) and both[counts].notna().all(axis=None):
-            return measured(count_ratio(*both[counts].sum()), both["n_test_a"].sum(), f"answers of {len(both)} trainings",
-                            source, unit=self.unit)
-        a, b = ((1 - both[f"{self.column}_{s}"]) if self.accuracy else both[f"{self.column}_{s}"] for s in "ab")
+        counts = ["wrong", "n_test"]
+        counted = set(counts) <= set(table) and a[counts].notna().all(axis=None) and b[counts].notna().all(axis=None)
+        if counted and self.pooled:
+            ratio = count_ratio(*a[counts].sum(), *b[counts].sum())
+            return measured(ratio, a["n_test"].sum(), f"answers of {len(both)} trainings", source, unit=self.unit)
+        if counted:
+            a, b = ((side["wrong"] + 0.5) / side["n_test"] for side in (a, b))
+        else:
+            a, b = (1 - side[self.column] if self.accuracy else side[self.column] for side in (a, b))
         return measured(seed_ratio(a, b), len(both), "paired trainings", source, unit=self.unit)
 
 
@@ -322,3 +330,22 @@ class Start:
         return measured(Estimate(float(start)), source=f"{self.table}_raw.csv: {describe(self.where | self.a)} over "
                         f"{describe(self.b)}, along {self.along}", words=dict(told=f"from {start:g} {self.unit} on{tail}"),
                         unit=self.unit)
+
+
+@dataclass(frozen=True)
+class Either:
+    """The first of several numbers that is there: where a table is about to get other names."""
+
+    numbers: tuple
+
+    @property
+    def table(self):
+        return self.numbers[0].table
+
+    def measure(self, place):
+        for number in self.numbers[:-1]:
+            try:
+                return number.measure(place)
+            except Missing:
+                pass
+        return self.numbers[-1].measure(place)
