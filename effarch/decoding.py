@@ -75,7 +75,10 @@ class StateSpaceDecoder:
 
 
 class ChunkedPrefill:
-    """Convolution of a sequence by a per-channel StateSpace: x (D, T), T a multiple of `chunk` → (y (D, T), state (modes, D))."""
+    """A prompt through a per-channel StateSpace: x (D, T), T a multiple of `chunk` → (y (D, T), state (modes, D)).
+
+    Decoding starts from that state, which an FFT does not give: in chunks of Q, a small Toeplitz product inside each
+    chunk, and states carried between them."""
 
     def __init__(self, form, chunk=64):
         log, c, self.chunk = form.log_poles().detach().T, form.coefficients().detach().T, chunk  # (D, modes)

@@ -68,8 +68,7 @@ class S4DKernel(nn.Module):
 def hankel_svd_naive(taps, order=None):
     """Singular values (G, m) and right vectors (G, m, m) of the stacked Hankel matrices of taps (G, outputs, 2m-1)."""
     m = (taps.shape[-1] + 1) // 2
-    H = taps.unfold(-1, m, 1).flatten(1, 2)  # (G, outputs · m, m)
-    _, S, V = torch.linalg.svd(H, full_matrices=False)
+    _, S, V = torch.linalg.svd(taps.unfold(-1, m, 1).flatten(1, 2), full_matrices=False)  # of (G, outputs · m, m)
     return S[:, :order], V.mT[..., :order]
 
 
@@ -180,7 +179,7 @@ def cut_method(kernel, unstable=None):
 
 
 def input_gram(x, taps):
-    """G_ij = Σ_{b,t,d} x_{t-i} x_{t-j} (taps, taps) by running sums, G_ij = G_{i+1,j+1} + Σ_{b,d} x_{T-1-i} x_{T-1-j}; x (B, T, D)."""
+    """G_ij = Σ_{b,t,d} x_{t-i} x_{t-j} (taps, taps) for x (B, T, D), by running sums: G_ij = G_{i+1,j+1} + the last term."""
     backwards = x.double().flip(1).transpose(1, 2).flatten(0, 1)  # (B·D, T), the last input first
     G = backwards.T @ backwards
     for i in reversed(range(len(G) - 1)):
@@ -219,8 +218,7 @@ def hankel_tail(taps, S):
 
 def shift_poles(V):
     """(log λ, kind) of the one-step shift of V (m, n): complex (modes,), one of each pair, and 1 or 2 states each."""
-    A = torch.linalg.lstsq(V[:-1], V[1:], driver="gels").solution
-    poles = torch.linalg.eigvals(A)
+    poles = torch.linalg.eigvals(torch.linalg.lstsq(V[:-1], V[1:], driver="gels").solution)
     poles = poles[poles.imag >= 0]
     return torch.complex(poles.abs().clamp_min(1e-12).log(), poles.angle()), 1 + (poles.imag > 0).long()
 
@@ -244,7 +242,7 @@ def eliminate(log, kind, taps, rounding):
 
     → powers λ^t (G, T, modes), an orthonormal basis of what they span, c (G, modes, C), and what is left of the taps; both
     with a row more for each column: the error that rounding will give it. That keeps coefficients from growing huge."""
-    (G, modes), T = log.shape, taps.shape[1]
+    modes, T = log.shape[1], taps.shape[1]
     t = torch.arange(T, device=taps.device, dtype=taps.dtype)[:, None]
     powers = torch.polar(torch.exp(log.real[:, None] * t), log.imag[:, None] * t)
     basis, scale = unit_columns(torch.cat([powers.real * (kind > 0)[:, None], -powers.imag * (kind > 1)[:, None]], -1))
@@ -341,7 +339,8 @@ def hankel_method(kernel, unstable="mend", largest=32):
     S, V = hankel_svd(taps, largest)
 
     def fit(order):
-        found = [shift_poles(v[:, :max(1, int((s[:order] > 4 * eps * s[0]).sum()))]) for s, v in zip(S, V, strict=True)]  # smaller values are rounding
+        states = [max(1, int((s[:order] > 4 * eps * s[0]).sum())) for s in S]  # smaller values are rounding
+        found = [shift_poles(v[:, :n]) for v, n in zip(V, states, strict=True)]
         far = max(log.real.max().item() for log, _ in found)
         if unstable == "reject" and far > 1e-9:  # nearer to the circle is rounding
             raise ValueError(f"kernel: its state space of order {order} has an unstable pole, |λ| = {math.exp(far):.6f}; "
@@ -410,8 +409,8 @@ def distill(kernel, method, rank=None, tolerance=None, unstable="mend", inputs=N
     method: 'svd', 'weighted', 'hankel' (a state space) or 'cut'. Give either `rank` or `tolerance` (relative error; the
     smallest sufficient rank is found). 'weighted' needs inputs (B, T, D) that the layer sees in training; its tolerance is on
     the outputs. A state space is always stable: unstable='mend' refits poles outside the unit circle and warns
-    where that costs half the accuracy, as for a kernel that grows; 'reject' refuses them. Raises ValueError for a rank below 1 or too large, a
-    tolerance out of reach, NaN or infinite kernels, missing or unfit inputs, and rejected poles."""
+    where that costs half the accuracy, as for a kernel that grows; 'reject' refuses them. Raises ValueError for a rank
+    below 1 or too large, a tolerance out of reach, NaN or infinite kernels, missing or unfit inputs, and rejected poles."""
     check((rank is None) != (tolerance is None), "rank, tolerance", (rank, tolerance), "exactly one of the two")
     check(tolerance is None or (isinstance(tolerance, float) and 0 < tolerance < 1), "tolerance", tolerance,
           "a number between 0 and 1")

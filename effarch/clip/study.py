@@ -35,7 +35,8 @@ def prepare(run, location, dataset, n_images):
         wanted = f"synthetic:{side}" if run.smoke and dataset == "cifar10" else dataset
         images = load_images(wanted, n_images, checkpoint.processor, run.seed)
     except NoImages as error:
-        images, why_not = load_images(f"synthetic:{side}", 64, checkpoint.processor, run.seed), f"no images ({error})"
+        images = load_images(f"synthetic:{side}", 64, checkpoint.processor, run.seed)
+        why_not = why_not or f"no images ({error})"
     if run.smoke and images.labels is None:
         images.labels, images.classes = torch.arange(len(images)) % 3, ["a", "b", "c"]
     why_not = why_not or ("" if images.labels is not None else "images without labels")

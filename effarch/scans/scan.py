@@ -2,6 +2,7 @@
 """Mamba's selective scans S6 and SSD: by their definitions, and fast, in pure PyTorch."""
 
 import functools
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,14 @@ def at_least_float32(scan):
     at least, also under autocast, as half precision is not enough for products of many decays. y has x's type."""
     @functools.wraps(scan)
     def wrapped(x, delta, A, B, C, state=None, **options):
-        given = dict(x=x, delta=delta, A=A, B=B, C=C) | ({} if state is None else dict(state=state))
-        for name, v in given.items():
+        given = [x, delta, A, B, C] if state is None else [x, delta, A, B, C, state]
+        for name, v in zip(("x", "delta", "A", "B", "C", "state"), given, strict=False):
             real = isinstance(v, torch.Tensor) and v.is_floating_point()
             check(real, name, getattr(v, "dtype", type(v).__name__), "a tensor of floating-point numbers")
-        kind = functools.reduce(torch.promote_types, (v.dtype for v in given.values()), torch.float32)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            y, state = scan(**{name: v.to(kind) for name, v in given.items()}, **options)
+        kind = functools.reduce(torch.promote_types, {v.dtype for v in given}, torch.float32)
+        device = "cpu" if x.is_meta else x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            y, state = scan(*(v.to(kind) for v in given), **options)
         return y.to(x.dtype), state
     return wrapped
 
