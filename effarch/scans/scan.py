@@ -30,21 +30,21 @@ def at_least_float32(scan):
 
 def sequential(step, x, delta, A, B, C, state, dtype):
     """A scan by its definition: `step` for one token after the other, computed in `dtype`. Returns (y, state)."""
-    x, delta, A, B, C, state = (v.to(dtype) for v in (x, delta, A, B, C, state))
-    outputs = []
+    outputs, state = [], state.to(dtype)
+    x, delta, A, B, C = (v.to(dtype) for v in (x, delta, A, B, C))
     for t in range(x.shape[1]):
         y, state = step(x[:, t], delta[:, t], A, B[:, t], C[:, t], state)
         outputs.append(y)
     return torch.stack(outputs, 1), state
 
 
-@at_least_float32
 def s6_step(x, delta, A, B, C, state):
-    """One token of S6 (Gu & Dao 2023, arXiv 2312.00752, eq. 2): x, delta (B, D); A (D, N); B, C (B, N).
+    """One token of S6 (Gu & Dao 2023, arXiv 2312.00752, eq. 2): x, delta (B, D); A (D, N); B, C (B, N); state (B, N, D).
 
-    Returns y (B, D) and the new state (B, N, D). The skip D·x is left to the block."""
+    Returns y (B, D) and the new state, computed in the state's type. The skip D·x is left to the block."""
+    kind, (x, delta, A, B, C) = x.dtype, (v.to(state.dtype) for v in (x, delta, A, B, C))
     state = torch.exp(delta[:, None] * A.T) * state + B[:, :, None] * (delta * x)[:, None]
-    return (C[:, None] @ state)[:, 0], state
+    return (C[:, None] @ state)[:, 0].to(kind), state
 
 
 def s6_sequential(x, delta, A, B, C, state=None, dtype=torch.float64):
@@ -141,14 +141,14 @@ def random_ssd(length, heads=4, head_width=5, states=6, groups=2, batch=2, dtype
     return normal(heads, head_width), F.softplus(normal(heads) - 3), A, normal(groups, states), normal(groups, states)
 
 
-@at_least_float32
 def ssd_step(x, delta, A, B, C, state):
     """One token of SSD (Dao & Gu 2024, arXiv 2405.21060): x (B, H, P); delta (B, H); A (H,); B, C (B, G, N).
 
-    Returns y (B, H, P) and the new state (B, G, N, H/G, P): the heads of a group share B_t and C_t."""
+    Returns y (B, H, P) and the new state (B, G, N, H/G, P), computed in the state's type. Heads of a group share B_t, C_t."""
+    kind, (x, delta, A, B, C) = x.dtype, (v.to(state.dtype) for v in (x, delta, A, B, C))
     by_group = lambda v: v.unflatten(1, (B.shape[1], 1, -1))  # b g 1 k …
     state = by_group(torch.exp(delta * A))[..., None] * state + B[..., None, None] * by_group(delta[..., None] * x)
-    return (C[..., None, :] @ state.flatten(3)).reshape(x.shape), state
+    return (C[..., None, :] @ state.flatten(3)).reshape(x.shape).to(kind), state
 
 
 def ssd_empty(x, B):
