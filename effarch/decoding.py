@@ -83,7 +83,8 @@ class ChunkedPrefill:
     def __init__(self, form, chunk=64):
         log, c, self.chunk = form.log_poles().detach().T, form.coefficients().detach().T, chunk  # (D, modes)
         at = torch.arange(chunk, device=c.device)
-        self.inside = F.pad(form(chunk).detach().T, (chunk - 1, 0))[:, at[:, None] - at + chunk - 1]  # (D, Q, Q), lower Toeplitz
+        kernel = F.pad(form(chunk).detach().T, (chunk - 1, 0))
+        self.inside = kernel[:, at[:, None] - at + chunk - 1]  # (D, Q, Q), lower Toeplitz
         powers = torch.exp(log[..., None] * at)  # (D, modes, Q)
         self.into, self.out, self.jump = powers.flip(2), (c[..., None] * powers).mT, torch.exp(log * chunk)
 

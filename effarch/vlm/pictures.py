@@ -20,6 +20,9 @@ class Question:
     picture: Image.Image
     text: str
 
+    def __str__(self):
+        return self.name
+
 
 def photographs():
     """The bundled photographs as [(name, PIL image)]; [] without scikit-image."""

@@ -28,7 +28,15 @@ def tiny_model(seed=0, width=64, hidden=96):
                          rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[hidden // 24] * 3)),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
         tie_word_embeddings=False)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=0.3)
+        for layer in model.model.language_model.layers:  # queries and keys begin alike: a token looks for what is like it
+            attention = layer.self_attn
+            attention.k_proj.weight.normal_(std=hidden**-0.5)
+            heads = attention.k_proj.weight.view(2, -1, hidden).repeat_interleave(2, 0)  # two query heads for each of keys
+            attention.q_proj.weight.copy_(heads.flatten(0, 1))
+    return model
 
 
 def walls():
