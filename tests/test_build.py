@@ -1,7 +1,6 @@
 """Exported modules are the notebooks' cells, support cells are the modules, and importing any of it does nothing."""
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -357,11 +356,13 @@ def test_importing_has_no_side_effect(tmp_path):
 
 
 LIGHT = '''
-import json, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 import importlib
+for name in ("pandas", "matplotlib", "papermill"):
+    sys.modules[name] = None  # not installed (a library may take pandas where it is there)
 importlib.import_module(sys.argv[2])
-print(json.dumps([m for m in ("pandas", "matplotlib", "papermill", "effarch.bench") if m in sys.modules]))
+print("effarch.bench" in sys.modules)
 '''
 
 
@@ -369,4 +370,4 @@ print(json.dumps([m for m in ("pandas", "matplotlib", "papermill", "effarch.benc
 def test_methods_need_few_packages(module, tmp_path):
     done = python(LIGHT, tmp_path, str(ROOT), module)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == []
+    assert done.stdout == "False\n"

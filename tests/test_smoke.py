@@ -96,7 +96,7 @@ def undocumented(folder):
     for path in sorted(folder.rglob("results/**/*.csv")):
         missing += [] if path.name in words or path.stem.endswith("_raw") else [path.name]
         for column in pd.read_csv(path, nrows=1).columns:
-            stem = re.sub(r"_(low|high|p20|p80)$", "", column)
+            stem = re.sub(r"_(low|high|p\d+)$", "", column)
             stem = re.sub(r"_minus_(best|tome|fixed|dense)$", "_minus_x", stem)
             missing += [] if {column, stem, f"{stem}_median"} & words else [f"{path.name}: {column}"]
     return missing
