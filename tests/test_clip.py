@@ -317,7 +317,7 @@ def test_the_digits_model_learns_in_seconds():
     train, test = digit_images()
     assert len(train) == 1297 and len(test) == 500 and train.pixels.shape[1:] == (3, 32, 32)
     with torch.enable_grad():
-        checkpoint, test = train_digits_clip(torch.device("cpu"), steps=150, log=lambda text: None)
+        checkpoint, test = train_digits_clip(torch.device("cpu"), steps=100, log=lambda text: None)
     text = text_features(checkpoint, DIGITS, ["a photo of a {}."])
     encode = lambda x: library_feature(checkpoint.model, x)
     accuracy = ((image_features(encode, test) @ text.T).argmax(-1) == test.labels).float().mean()
@@ -362,7 +362,7 @@ def real():
         pytest.skip("EA_CLIP_CHECKPOINT and EA_CIFAR10 do not name a checkpoint and a CIFAR-10 folder")
     with torch.no_grad():
         checkpoint = load_checkpoint(locate_checkpoint(folder), torch.device("cpu"))
-        images = load_images(f"imagefolder:{data}/test_1k", 1000, checkpoint.processor)
+        images = load_images(f"imagefolder:{data}/test_1k", 250, checkpoint.processor)
         text = text_features(checkpoint, images.classes, prompt_templates(images.classes))
         return checkpoint, images, text, image_features(lambda x: encode_images(checkpoint.model, x), images)
 

@@ -57,7 +57,7 @@ def save_figure(run, fig, name, alt, n=None, photo=False):
                  ha="center", va="center", rotation=20)
     from effarch.bench.run import write_atomically
 
-    picture = encode(fig, alt, photo)
+    picture = encode(fig, alt, photo, dpi=50 if run.smoke else 130)
     write_atomically(run.figures / f"{Path(name).stem}.{'jpg' if photo else 'png'}", picture)
     show(fig, picture, alt)
     plt.close(fig)
@@ -76,7 +76,7 @@ def show(fig, picture, alt):
     display(Picture(picture, alt=alt, width=round(100 * fig.get_figwidth())))
 
 
-def encode(fig, alt, photo=False, dpi=130):
+def encode(fig, alt, photo, dpi):
     """A figure as bytes with its description: PNG with a palette of 256 colours, JPEG for photographs."""
     raw, out = io.BytesIO(), io.BytesIO()
     fig.savefig(raw, format="png", dpi=dpi)

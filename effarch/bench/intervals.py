@@ -41,9 +41,9 @@ def decide(estimate, above=None, below=None, between=None):
 
 def t_factor(n):
     """Student's 97.5 % quantile for the mean of n values."""
-    from scipy import stats
+    from scipy.special import stdtrit  # scipy.stats takes seconds to import
 
-    return float(stats.t.ppf(0.975, n - 1))
+    return float(stdtrit(n - 1, 0.975))
 
 
 def t_interval(values):
@@ -146,15 +146,14 @@ def count_ratio(wrong_a, n_a, wrong_b, n_b):
 
 def fit_loglog(x, y):
     """Estimate of the slope of log y over log x (Student's t); fewer than three points: no interval."""
-    from scipy import stats
-
     if len(x) < 2:
         return Estimate(UNKNOWN)
-    fit = stats.linregress(np.log(x), np.log(y))
+    x, y = np.log(x) - np.mean(np.log(x)), np.log(y) - np.mean(np.log(y))
+    slope = float(x @ y / (x @ x))
     if len(x) < 3:
-        return Estimate(float(fit.slope))
-    half = stats.t.ppf(0.975, len(x) - 2) * fit.stderr
-    return Estimate(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
+        return Estimate(slope)
+    half = t_factor(len(x) - 1) * (((y - slope * x) ** 2).sum() / (len(x) - 2) / (x @ x)) ** 0.5  # len(x) - 2 degrees of freedom
+    return Estimate(slope, float(slope - half), float(slope + half))
 
 
 def redrawn(raw, statistic, draws=500):
@@ -167,15 +166,16 @@ def redrawn(raw, statistic, draws=500):
     if not points or not all(points):
         return Estimate(UNKNOWN)
 
-    def value(choose):
-        return float(statistic([math.exp(np.mean([math.log(np.median(choose(part))) for part in parts])) for parts in points]))
+    def medians(part):  # (1 + draws,): as measured, then redrawn
+        return np.median(np.vstack([part, random.choice(part, (draws, len(part)))]), axis=1)
 
-    middle, processes = value(lambda part: part), min(map(len, points))
+    each = np.exp([np.mean([np.log(medians(part)) for part in parts], 0) for parts in points])
+    middle, *others = (float(statistic(list(column))) for column in each.T)
+    processes = min(map(len, points))
     rounds = min(len(part) for parts in points for part in parts)
     if processes == 1 and rounds < 2:
         return Estimate(middle)
-    ends = list(np.percentile([value(lambda part: random.choice(part, len(part))) for _ in range(draws)], [2.5, 97.5],
-                              method="nearest"))  # between two infinities there is nothing
+    ends = list(np.percentile(others, [2.5, 97.5], method="nearest"))  # between two infinities there is nothing
     own = []
     if processes > 1:
         own = [float(statistic([np.median(parts[i]) for parts in points])) for i in range(processes)]

@@ -196,9 +196,9 @@ def count_flops(fn):
 
 def ceilings(device, dtype=torch.float32, rounds=5):
     """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth (bytes/s)."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn((256 if device.type == "cuda" else 64) * 2**20 // 4, device=device)
+    source = torch.ones((256 if device.type == "cuda" else 64) * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     rows = compare({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, rounds=rounds)
     fastest = {name: min(row["raw_ms"], default=float("nan")) / 1e3 for name, row in rows.items()}  # no memory: not known

@@ -1,6 +1,7 @@
 """Small trainings that compare sequence layers by what they can learn: three tasks, one network, one budget."""
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,18 @@ def averaging_task(batch, steps, taus, generator):
     return x[..., None], torch.fft.irfft(spectrum, 2 * steps)[..., :steps].transpose(1, 2)
 
 
+@cache
+def _digits():
+    from sklearn.datasets import load_digits
+
+    return [torch.tensor(part) for part in load_digits(return_X_y=True)]
+
+
 def digit_sequences(generator):
     """scikit-learn's 8 × 8 digits, read pixel by pixel: ((x, labels) to train on, (x, labels) of a quarter to test on).
 
     x: (N, 64, 1), from 0 to 1; labels: (N,). generator: decides which quarter."""
-    from sklearn.datasets import load_digits
-
-    images, labels = map(torch.tensor, load_digits(return_X_y=True))
+    images, labels = _digits()
     order = torch.randperm(len(labels), generator=generator)
     x, y = images.float()[order, :, None] / 16, labels[order]
     return (x[len(x) // 4 :], y[len(x) // 4 :]), (x[: len(x) // 4], y[: len(x) // 4])
