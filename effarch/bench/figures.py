@@ -76,7 +76,7 @@ def show(fig, picture, alt):
     display(Picture(picture, alt=alt, width=round(100 * fig.get_figwidth())))
 
 
-def encode(fig, alt, photo, dpi):
+def encode(fig, alt, photo=False, dpi=130):
     """A figure as bytes with its description: PNG with a palette of 256 colours, JPEG for photographs."""
     raw, out = io.BytesIO(), io.BytesIO()
     fig.savefig(raw, format="png", dpi=dpi)
