@@ -29,7 +29,7 @@ from effarch.bench.figures import STYLE  # noqa: E402
 from effarch.bench.settings import MODES, number  # noqa: E402
 from effarch.checks import check, is_count  # noqa: E402
 
-SECONDS = number(0, above=True, quick=4.0, full=20.0, cuda=3.0, smoke=1.0)  # of one comparison; smoke ignores it
+SECONDS = number(0, above=True, quick=4.0, full=8.0, cuda=3.0, smoke=1.0)  # of one comparison; smoke ignores it
 
 
 def start(name, parameters, weights="", **settings):
