@@ -67,9 +67,9 @@ def test_bad_words_are_refused_before_anything_is_installed(project):
     assert done.returncode == 2 and "--mode" in done.stderr and not (folder / ".venv").exists()
 
 
-def test_good_run_files_its_results_and_takes_parameters(project):
+def test_good_run_files_its_results_which_a_quick_one_leaves_alone(project):
     folder, run = project
-    tiny_notebook(folder / "ssm/good.ipynb", GOOD)
+    tiny_notebook(folder / "ssm/good.ipynb", GOOD, minutes=dict(quick=100))
     done = run("--mode", "full", "--set", "STEPS=4", "--set", "LABEL=7", "--set", "RATE=1")
     assert done.returncode == 0, done.stdout + done.stderr
     (csv,) = folder.glob("results/ssm/*/good.csv")
@@ -83,42 +83,31 @@ def test_good_run_files_its_results_and_takes_parameters(project):
     assert str(folder) not in (csv.parent / "good.ipynb").read_text(), "no folder of this machine"
     assert any(line.split()[:2] == ["good", "ok"] for line in done.stdout.splitlines()), done.stdout
     assert "report: results/report.html" in done.stdout and (folder / "results/report.html").exists()
+    published = {p: p.read_bytes() for kind in ("results", "figures") for p in (folder / kind / "ssm").rglob("*") if p.is_file()}
+    assert len(published) == 4
+    done = run("--mode", "quick")
+    assert done.returncode == 0 and "quick mode: 1 notebooks" in done.stdout, done.stdout + done.stderr
+    assert {p: p.read_bytes() for p in published} == published
+    quick = csv.parent.with_name(csv.parent.name + "-quick") / "good.csv"
+    assert "comparisons take 10% of their usual time" in done.stdout and "SECONDS=0.4" in done.stdout
+    assert (pd.read_csv(quick)["share"] == 0.1).all() and read_json(quick.with_name("good.env.json"))["seconds_share"] == 0.1
 
 
-def test_the_plan_stands_first_and_the_table_last(project):
+def test_the_plan_stands_first_and_the_table_last_and_smoke_leaves_results_alone(project):
     folder, run = project
-    for name, minutes in (("first", dict(smoke=3)), ("second", dict(full=9))):
-        tiny_notebook(folder / f"ssm/{name}.ipynb", "run.finish()", minutes=minutes)
+    tiny_notebook(folder / "ssm/first.ipynb", GOOD, kernel="my-own-kernel", minutes=dict(smoke=3))
+    tiny_notebook(folder / "ssm/second.ipynb", "run.finish()", minutes=dict(full=9))
     done = run("--mode", "smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "smoke mode: 2 notebooks, about 3.5 min", done.stdout + done.stderr
+    assert lines[0] == "smoke mode: 2 notebooks, about 3.5 min"
     assert [line.split() for line in lines[1:3]] == [["ssm/first.ipynb", "3.0", "min"], ["ssm/second.ipynb", "30", "s"]]
     steps = [line for line in lines if line.startswith("== ")]
     assert steps[0] == "== 1/2 ssm/first.ipynb: about 3.0 min, 3.5 min left =="
     assert re.fullmatch(r"== 2/2 ssm/second\.ipynb: about 30 s, .* left ==", steps[1])
     assert [line.split()[:2] for line in lines[-3:]] == [["notebook", "status"], ["first", "ok"], ["second", "ok"]]
-
-
-def test_smoke_leaves_results_alone_and_any_kernel_name_runs(project):
-    folder, run = project
-    tiny_notebook(folder / "ssm/good.ipynb", GOOD, kernel="my-own-kernel")
-    done = run("--mode", "smoke")
-    assert done.returncode == 0 and "report" not in done.stdout
-    assert not (folder / "results").exists()
+    assert "report" not in done.stdout and not (folder / "results").exists()
     assert list((folder / ".scratch/results").rglob("good.csv"))
-
-
-def test_quick_leaves_published_results_alone(project):
-    folder, run = project
-    tiny_notebook(folder / "ssm/good.ipynb", GOOD)
-    assert run("--mode", "full").returncode == 0
-    published = {p: p.read_bytes() for kind in ("results", "figures") for p in (folder / kind / "ssm").rglob("*") if p.is_file()}
-    assert len(published) == 4
-    done = run("--mode", "quick")
-    assert done.returncode == 0 and "quick mode: 1 notebooks" in done.stdout
-    assert {p: p.read_bytes() for p in published} == published
-    (full,), (quick,) = (list(folder.glob(f"results/ssm/*{end}/good.csv")) for end in ("[0-9a-z]t", "-quick"))
-    assert quick.parent.name == full.parent.name + "-quick"
 
 
 def test_failing_notebook_spoils_nothing(project):
@@ -459,16 +448,6 @@ def test_costs_come_from_the_last_whole_run_on_this_device(tmp_path, monkeypatch
     assert found() == Cost(0.5, 0.5 + plan.START_MINUTES), "the last one"
     ran("i", "2026-01-01", mode="smoke", device="other", num_threads=1)
     assert found("smoke") == Cost(1.0, 1.5 + plan.START_MINUTES), "smoke: of any device"
-
-
-def test_the_share_reaches_the_notebook(tmp_path, project):
-    folder, run = project
-    tiny_notebook(folder / "ssm/good.ipynb", GOOD, minutes=dict(quick=100))
-    done = run("--mode", "quick")
-    assert done.returncode == 0 and "comparisons take 10% of their usual time" in done.stdout, done.stdout + done.stderr
-    (csv,) = folder.glob("results/ssm/*-quick/good.csv")
-    assert (pd.read_csv(csv)["share"] == 0.1).all() and "SECONDS=0.4" in done.stdout
-    assert read_json(csv.with_name("good.env.json"))["seconds_share"] == 0.1
 
 
 # filing

@@ -6,9 +6,9 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -29,61 +29,70 @@ PROVENANCE = {"run_id", "device", "dtype", "torch", "python", "seed", "mode", "g
 SOURCES = build.sources()
 
 
-def execute(path, folder, **environment):
-    """Run a copy of the notebook in a folder with nothing beside it; returns the executed notebook."""
-    folder.mkdir()
-    shutil.copy(path, folder)
-    words = [sys.executable, "-m", "papermill", path.name, "executed.ipynb", "-k", "python3", "-p", "MODE", "smoke",
-             "--no-progress-bar", "--execution-timeout", "1200"]  # generous: nothing is decided by it
-    done = subprocess.run(words, cwd=folder, env=clean_environment(**environment), capture_output=True, text=True, timeout=3000)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return nbformat.read(folder / "executed.ipynb", as_version=4)
-
-
 # processes that have the libraries when they begin: importing them takes longer than most notebooks in smoke mode
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "transformers", "transformers.models.clip", "sklearn.datasets",
-                              "scipy.special", "torch._dynamo", "torchvision", "effarch.bench", "effarch.clip.study", "test_smoke"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pandas", "matplotlib.pyplot", "transformers", "transformers.models.clip",
+                              "sklearn.datasets", "scipy.special", "torchvision", "IPython", "effarch.clip.study", "test_smoke"])
 
 
-def run_cells(path, folder):
-    """The code cells of a notebook in smoke mode as one plain script, in this process."""
-    folder.mkdir()
+def run_cells(path, folder, alone):
+    """Run a notebook's code cells in smoke mode in IPython, in this process; what they say is kept in executed.ipynb."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
     os.chdir(folder)
-    os.environ.pop("PYTHONPATH", None)
-    with open("said.txt", "w", encoding="utf-8") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-    names = dict(__name__="__main__", display=print)
-    for i, cell in enumerate(load(path).cells):
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")] + [str(ROOT)] * (not alone)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("effarch", "lab")]:
+        del sys.modules[name]
+    notebook, shell = nbformat.read(path, as_version=4), InteractiveShell.instance()
+    for cell in notebook.cells:
         if cell.cell_type == "code":
-            exec(compile(cell.source, f"{path.name}, cell {i}", "exec"), names)
+            with capture_output() as said:
+                done = shell.run_cell(cell.source, store_history=False)
+            cell.outputs = [nbformat.v4.new_output("stream", text=said.stdout + said.stderr)]
+            cell.outputs += [nbformat.v4.new_output("display_data", data=shown.data) for shown in said.outputs]
+            if not done.success:
+                said = f"{cell.source}\n{said.stdout[-3000:]}{said.stderr[-1000:]}"
+                Path("failed.txt").write_text(f"{said}\n{done.error_before_exec or done.error_in_exec!r}", encoding="utf-8")
+                raise SystemExit(1)
             if "parameters" in cell.metadata.get("tags", []):
-                names["MODE"] = "smoke"
-    sys.stdout.flush()
+                shell.user_ns["MODE"] = "smoke"
+    nbformat.write(notebook, "executed.ipynb")
 
 
-def run_as_script(path, folder):
-    """What the notebook said as a script that finds the package, as `nbconvert --to script` makes one."""
-    process = FORKS.Process(target=run_cells, args=(path, folder))
+def execute(path, folder, alone):
+    """Run a notebook in an empty folder; returns the executed notebook."""
+    folder.mkdir()
+    process = FORKS.Process(target=run_cells, args=(path, folder, alone))
     process.start()
     process.join()
-    said = (folder / "said.txt").read_text(encoding="utf-8")
-    assert process.exitcode == 0, said[-3000:]
-    return said
+    failed = folder / "failed.txt"
+    assert process.exitcode == 0, failed.read_text(encoding="utf-8") if failed.exists() else f"it ended with {process.exitcode}"
+    return nbformat.read(folder / "executed.ipynb", as_version=4)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", SOURCES, ids=[p.stem for p in SOURCES])
 def test_alone_and_beside_the_package_with_the_same_numbers(path, tmp_path):
-    """Once as a notebook without the repository on the path, from what the support cell writes; once more as a script with it."""
+    """Once without the repository on the path, from what the support cell writes; once more with it."""
     alone, beside = tmp_path / "alone", tmp_path / "beside"
-    notebook = execute(path, alone)
+    notebook = execute(path, alone, alone=True)
     assert "files written beside this notebook" in support_said(notebook) and (alone / "effarch/bench/run.py").exists()
     check_outputs(path, alone / ".scratch", notebook)
-    assert "effarch is here: nothing to write" in run_as_script(path, beside) and not (beside / "effarch").exists()
+    notebook = execute(path, beside, alone=False)
+    assert "effarch is here: nothing to write" in support_said(notebook) and not (beside / "effarch").exists()
     same_numbers(alone, beside)
     assert undocumented(alone) == [], "results/README.md lacks them"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ["kernel_distillation", "clip_pruning"])  # the shortest of each suite
+def test_papermill_runs_it_headlessly(name, tmp_path):
+    done = subprocess.run(["bash", "run_all.sh", "--python", sys.executable, "--mode", "smoke", "--only", name, "--out", str(tmp_path)],
+                          cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (copy,) = tmp_path.glob(f"results/**/{name}.ipynb")
+    check_outputs(next(p for p in SOURCES if p.stem == name), tmp_path, nbformat.read(copy, as_version=4))
 
 
 def support_said(notebook):
