@@ -245,6 +245,11 @@ def test_without_a_network_a_stand_in_or_a_clear_refusal(monkeypatch, tmp_path):
     assert locate_checkpoint("openai/clip-vit-base-patch16", smoke=True).slug == "random-tiny"
     with pytest.raises(ValueError, match="MODEL_ID"):
         locate_checkpoint("some-body/some-clip")
+    for smoke in (True, False):
+        with pytest.raises(ValueError, match="MODEL_ID='weights' is not allowed; allowed: a folder that exists, or a hub id"):
+            locate_checkpoint("weights", smoke)
+        with pytest.raises(ValueError, match="MODEL_ID='weights/clip/tiny' is not allowed"):
+            locate_checkpoint("weights/clip/tiny", smoke)
     checkpoint = load_checkpoint(location, torch.device("cpu"), smoke=True)
     assert not checkpoint.pretrained and checkpoint.tokenize is None
     assert reachable("http://127.0.0.1:9", 2) is False

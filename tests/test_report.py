@@ -17,7 +17,7 @@ from conftest import ROOT
 
 import effarch
 from effarch.bench.claims import VERDICTS, statements
-from effarch.bench.intervals import Estimate, decide, ratio_interval
+from effarch.bench.intervals import Estimate, decide, ratio_interval, t_interval
 from effarch.bench.tables import read_csv, write_csv
 from lab import report
 from lab.report import charts, findings, page, poster, reading, text
@@ -26,7 +26,7 @@ from lab.report.select import (
     Ambiguous,
     Cell,
     Errors,
-    Mean,
+    Least,
     Missing,
     Place,
     Start,
@@ -113,10 +113,16 @@ def test_results_from_before_the_processes_are_of_one(world):
     (Cell("demo_speed", "no_such_column", dict(variant="fast", length=64)), Missing),
     (Cell("demo_speed", "latency_ms_median", dict(no_such_column=1)), Missing),
     (Errors("demo_speed", dict(variant="fast"), dict(variant="slow"), column="latency_ms_median", pair="notebook"), Ambiguous),
-    (Mean("demo_speed", "latency_ms_median", dict(variant="fast"), over="notebook"), Ambiguous)])
+    (Least("demo_speed", "latency_ms_median", dict(variant="none"), over="length"), Missing)])
 def test_a_selection_gives_one_number_or_says_why_not(world, number, wrong):
     with pytest.raises(wrong):
         number.measure(place_of(world))
+
+
+def test_the_least_of_each_training_is_averaged(world):
+    table = place_of(world).table("demo_speed")
+    found = Least("demo_speed", "latency_ms_median", {}, over="length").measure(place_of(world))
+    assert found.estimate == t_interval(table.groupby("length")["latency_ms_median"].min()) and found.n == table["length"].nunique()
 
 
 def test_unpaired_rounds_give_no_ratio(tmp_path):
@@ -192,13 +198,14 @@ def test_findings_come_from_rows_and_missing_rows_give_none(world):
 
 EXPECTED = dict(
     mrss=(1.5, "**No: 1.5× slower.**"), split=(3, "**Yes: 3.0× as fast.**"), split_error=(3, "**3.0× the error.**"),
-    sparse=(12, "**No: 12× the error.**"), scan_attention=(8, "**Mamba-2 from 512 tokens on, attention up to 256.**"),
+    scan_attention=(8, "**Mamba-2 from 512 tokens on, attention up to 256.**"),
     scan_decode=(8, "**Yes, from 256 tokens on, the smallest number measured.**"), scan_library=(5, "**Yes: 5.0× as fast.**"),
-    multirate_error=(2, "**Not for free: 2.0× the errors.**"), distil_decode=(5, "**Yes: 5.0× as fast.** A state space of 16 modes"),
-    distil_error=(0.0027, "**Yes, given enough training.**"), original=(-0.05, "**No: 5.0 points lost.** With 68 %"),
+    multirate_error=(2, "**Not for free: 2.0× the errors.**"), distil_decode=(5, "**Yes, if the kernel is one: 5.0× as fast.**"),
+    distil_error=(0.2002, "**No: 20.0 % error.**"), original=(-0.05, "**No: 5.0 points lost.** With 68 %"),
     merging=(0.95, "**Cosine 0.95.** With 49 %"), tokens_free=(0, "**Three tenths of the compute: less than one point lost.**"), tokens_half=(0.94, "keeps 94.0 % (93.5–94.5)"),
     tokens_tome=(0.04, "**Yes: 4.0 points more.**"), tokens_time=(1.6, "**Yes: 1.6× as fast.**"),
-    tokens_input=(-0.15, "**No: 15.0 points fewer"), scaling=(2, "**2.0× as fast.**"), crossing=(4000, "**Beyond 4000 tokens.**"))
+    tokens_input=(-0.15, "**No: 15.0 points fewer"), scaling=(2, "**2.0× as fast.**"), crossing=(4000, "**Beyond 4000 tokens.**"),
+    qwen=(1.5, "**Not behind the vision tower: inside it 1.5× as fast.** With a quarter"))
 
 
 def test_every_finding_of_the_project_selects_exactly_one_number(tables):
@@ -248,12 +255,12 @@ def test_a_renamed_column_is_told_and_the_rest_is_reported(tables, tmp_path):
     with pytest.warns(UserWarning, match="ssm/tesla-t4: the chart layers: no column 'length'"):
         assert charts.drawn(charts.layers, poster.Page().figure.add_subplot(), place_of(root)) is None
     with pytest.warns(UserWarning, match="ssm/tesla-t4: demo_speed: no column 'train'"):
-        assert findings.find(Mean("demo_speed", "latency_ms_median", dict(variant="slow"), over="train"), place_of(root)) is None
+        assert findings.find(Least("demo_speed", "latency_ms_median", dict(variant="slow"), over="train"), place_of(root)) is None
 
 
 @pytest.mark.parametrize("variant, words", [
     ("SplitMRSS r=8 α=0.875", "split: 7/8 at 1/8"), ("SplitMRSS r=2 α=0.6", "split: 60% at 1/2"),
-    ("SparseMRSS r=32 ρ=0.125", "sparse: 1/8 full"), ("MyMRSS", "MyMRSS")])
+    ("MyMRSS", "MyMRSS")])
 def test_designs_have_names_without_symbols(variant, words):
     assert charts.design_name(variant) == words
 

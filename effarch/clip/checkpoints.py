@@ -57,6 +57,11 @@ def safe_slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def check_hub_id(model_id):
+    """Refuse what is neither a folder here nor a hub id, a misspelt folder say: smoke runs ask no hub."""
+    check(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_id), "MODEL_ID", model_id, "a folder that exists, or a hub id: owner/name")
+
+
 def locate_checkpoint(model_id, smoke=False):
     """Find the checkpoint `model_id`: a local folder, or a hub id (downloaded once, safetensors only).
 
@@ -68,6 +73,7 @@ def locate_checkpoint(model_id, smoke=False):
         good = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
         check(good, "MODEL_ID", model_id, "a folder with config.json and *.safetensors, or a hub id")
         return Location(str(folder), safe_slug(folder.resolve().name))
+    check_hub_id(model_id)
     slug, why = safe_slug(model_id.split("/")[-1]), "a smoke run downloads nothing"
     if not smoke:
         from huggingface_hub import snapshot_download

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from effarch.checks import check
-from effarch.clip.checkpoints import Location, locate_checkpoint, safe_slug
+from effarch.clip.checkpoints import Location, check_hub_id, locate_checkpoint, safe_slug
 from effarch.vlm.inputs import noise_prompt
 from effarch.vlm.shapes import random_model
 
@@ -23,6 +23,8 @@ def locate_model(model_id, size, cuda, smoke=False):
     check(isinstance(model_id, str) and model_id.strip(), "MODEL_ID", model_id, "a folder or a hub id")
     stand_in, default = f"random-qwen2.5-vl-{size}", model_id == DEFAULT_MODEL
     local = Path(model_id).expanduser().is_dir() or model_id[0] in "/.~"
+    if not local:
+        check_hub_id(model_id)
     if not local and (smoke or default and not cuda):
         return Location(None, stand_in, "a smoke run downloads nothing" if smoke else "no GPU for the default model")
     try:

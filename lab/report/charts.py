@@ -103,7 +103,7 @@ def designs(axes, place):
     table = place.table("mrss_proxy_results")
     full, low, gate = PALETTE[5], PALETTE[4], PALETTE[3]
     stacks = {"Baseline": [(full, 4, 1)], "MRSS": [(full, 4, 1), (low, 4, 1), (gate, 4, 1)],
-              "SplitMRSS": [(full, 1, 1), (low, 3, 1)], "SparseMRSS": [(full, 1, 0.125), (low, 3, 1)]}
+              "SplitMRSS": [(full, 1, 1), (low, 3, 1)]}
     for x, (name, parts) in enumerate(stacks.items()):
         bottom = 0
         for colour, channels, share in parts:
@@ -115,28 +115,27 @@ def designs(axes, place):
     for colour, label in ((full, "full rate"), (low, "every few steps"), (gate, "gate, full rate")):
         axes.bar(0, 0, color=colour, edgecolor="black", label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, columnspacing=1, handlelength=1.2)
-    axes.set(xlim=(-0.05, 3.85), ylim=(0, 12.2), xticks=[], yticks=[], ylabel="channels →")
+    axes.set(xlim=(-0.05, 2.85), ylim=(0, 12.2), xticks=[], yticks=[], ylabel="channels →")
     axes.grid(visible=False)
     return table
 
 
-SHARES = {"0.5": "half", "0.75": "3/4", "0.875": "7/8", "0.125": "1/8"}
+SHARES = {"0.5": "half", "0.75": "3/4", "0.875": "7/8"}
 
 
 def design_name(variant):
     """'SplitMRSS r=8 α=0.875' in words: 'split: 7/8 at 1/8'; another name stays as it is."""
-    found = re.fullmatch(r"(Split|Sparse)MRSS r=(\d+) [αρ]=([\d.]+)", variant)
+    found = re.fullmatch(r"SplitMRSS r=(\d+) α=([\d.]+)", variant)
     if not found:
         return variant
-    kind, rate, share = found.groups()
-    share = SHARES.get(share, f"{float(share):.0%}")
-    return f"sparse: {share} full" if kind == "Sparse" else f"split: {share} at 1/{rate}"
+    rate, share = found.groups()
+    return f"split: {SHARES.get(share, f'{float(share):.0%}')} at 1/{rate}"
 
 
 def rates(axes, place):
     """Time of a forward pass over that of the baseline with the same convolution: MRSS as proposed, then ours."""
     table = rows(place.table("mrss_proxy_results"), {"pass": "forward"})
-    ours = [v for v in rows(table, dict(experiment="designs"))["variant"].unique() if v.startswith(("Split", "Sparse"))]
+    ours = [v for v in rows(table, dict(experiment="designs"))["variant"].unique() if v.startswith("Split")]
     ratios = {f"MRSS at 1/{r}": original(f"MRSS r={r}", " (stock conv)") for r in (1, 2, 4, 8)}
     ratios |= {design_name(name): Times("mrss_proxy_results", dict(variant=name), BASELINE,
                                         {"experiment": "designs", "pass": "forward", "batch": max}) for name in ours}
@@ -192,10 +191,12 @@ def decode(axes, place):
 def distilled(axes, place):
     """Microseconds that one decoded token costs."""
     table = rows(place.table("kernel_distillation_latency"), {"phase": "decode", "kernel": "per channel"})
-    explicit = table[table["method"].str.startswith("explicit")].sort_values("us_per_token").head(1)
-    parts = [("convolution", explicit), ("exact, in blocks", table[table["method"] == "blocked"])]
+    if table.empty:
+        raise Missing("forms")
+    table = table[table["taps"] == table["taps"].max()].sort_values("us_per_token")
+    parts = [("convolution", table[table["method"].str.startswith("explicit")]), ("exact, in blocks", table[table["method"] == "blocked"])]
     parts += [(f"{r} modes", table[(table["method"] == "hankel") & (table["rank"] == r)]) for r in (4, 8, 16, 32)]
-    parts = [(label, part.iloc[0]) for label, part in parts if len(part)]
+    parts = [(label, part.iloc[0]) for label, part in parts if len(part)]  # the fastest of each
     if not parts:
         raise Missing("forms")
     low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))

@@ -10,16 +10,13 @@ from effarch.bench.intervals import decide
 from lab.report.select import (
     Ambiguous,
     Cell,
-    Decided,
-    Either,
     Errors,
-    Mean,
+    Least,
     Missing,
     Start,
     Times,
     at_least,
     begins,
-    rows,
 )
 from lab.report.text import short, with_span
 
@@ -131,11 +128,10 @@ def collect(places, findings=None):
 
 MRSS, SCAN, LAYERS, MULTI, DISTIL = (f"ssm/{name}" for name in (
     "mrss_proxy_experiment", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels"))
-PRUNING, MERGING, REDUCTION, SCALING = (f"vlm/{name}" for name in (
-    "clip_pruning", "token_merging", "token_reduction", "token_scaling"))
+PRUNING, MERGING, REDUCTION, SCALING, QWEN = (f"vlm/{name}" for name in (
+    "clip_pruning", "token_merging", "token_reduction", "token_scaling", "qwen_pruning"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
-SPARSE = dict(variant="SparseMRSS r=32 ρ=0.125")
 ATTENTION, MAMBA2 = dict(variant="attention"), dict(variant="Mamba-2 (ours)")
 
 
@@ -170,26 +166,15 @@ def decode_speed(context=max):
     return Times("scan_decode", ATTENTION, dict(variant="Mamba-2"), dict(context=context))
 
 
-def modes_needed(place):
-    """The smallest timed state space that is large enough for every long trained kernel at its tolerance."""
-    orders = rows(place.table("kernel_distillation_orders"), dict(task="long", method="hankel"))
-    timed = rows(place.table("kernel_distillation_latency"), dict(phase="decode", kernel="per channel", method="hankel"))
-    enough = [] if orders.empty or not orders["reached"].astype(bool).all() else timed["rank"][timed["rank"] >= orders["modes"].max()]
-    if not len(enough):
-        raise Missing("a state space that is large enough")
-    return int(min(enough))
-
-
 def decoding(other):
-    """Time a token of another form over that of the state space that distillation gives."""
-    return Times("kernel_distillation_latency", other, dict(method="hankel", rank=Decided(modes_needed)),
-                 dict(phase="decode", kernel="per channel"), per="tokens", words=("rank", "taps"))
+    """Time a token of another form over that of the state space that S4D is, at the longest kernel."""
+    return Times("kernel_distillation_latency", other, dict(method="hankel", rank=8),
+                 dict(phase="decode", kernel="per channel", taps=max), per="tokens", words=("rank",))
 
 
-def dense_error(kind):
-    """Output error of a dense kernel, trained the way `kind`, at the largest rank that stores ten times fewer numbers."""
-    return Mean("kernel_distillation_quality", "output_error",
-                dict(task="mixing", kind=kind, method="svd", saving=at_least(10), rank=max), unit="%")
+def distilled_error(task, kind="free"):
+    """Output error at ten times fewer numbers, by the best method for each training."""
+    return Least("kernel_distillation_quality", "output_error", dict(task=task, kind=kind, saving=at_least(10)), unit="%")
 
 
 def feature_kept(method):
@@ -213,6 +198,11 @@ def image_speed(side):
                  dict(shape=max, side=side, batch=1, dtype="float32", attention="sdpa"))
 
 
+def prompt_speed(where):
+    """Time of a prompt with all vision tokens over that with a quarter of them, dropped at one place."""
+    return Times("qwen_places", dict(variant="dense"), dict(variant=f"{where} 0.25"), dict(side=max))
+
+
 FINDINGS = [
     Finding(
         "mrss", MRSS, "Is MRSS, a layer at two rates, faster than its baseline?", original("MRSS r=4", " (stock conv)"),
@@ -234,13 +224,6 @@ FINDINGS = [
              "channels at an eighth: {mild}; with seven eighths at a sixteenth: {coarse}.",
         beside=dict(scales=design_error("multi-timescale"), control=design_error("short-timescale"),
                     mild=design_error("digits", MILD), coarse=design_error("digits", COARSE))),
-    Finding(
-        "sparse", MRSS, "And the full rate only where it is needed?", design_error("digits", SPARSE),
-        "SparseMRSS, full rate in an eighth of the blocks, makes {value} the baseline's errors on digits.",
-        below="Yes: {short} the error.", above="No: {short} the error.",
-        more="It is {speed} as fast; its error on several time scales is {scales} the baseline's, on short ones {control}.",
-        beside=dict(speed=design_speed(SPARSE), scales=design_error("multi-timescale", SPARSE),
-                    control=design_error("short-timescale", SPARSE))),
     Finding(
         "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION),
         "At {length} tokens a whole Mamba-2 layer is {value} as fast as an attention layer, and {early} at {early_length}.",
@@ -270,21 +253,21 @@ FINDINGS = [
         beside=dict(speed=Times("scan_multirate", dict(variant="full rate"), dict(variant="half at 1/4"),
                                 {"pass": "forward", "length": max}))),
     Finding(
-        "distil_decode", DISTIL, "Does distilling a convolution speed decoding up?", decoding(dict(method="blocked")),
-        "A state space of {rank} modes, enough for every kernel of {taps} taps trained for it, decodes {value} as fast as the "
-        "exact convolution in blocks, its strongest form.",
-        below="No: {short} as fast.", above="Yes: {short} as fast.",
+        "distil_decode", DISTIL, "Is a state space the faster form of a long convolution?", decoding(dict(method="blocked", us_per_token=min)),
+        "A kernel that is a state space of {rank} modes, as S4D trains it, decodes {value} as fast as the exact convolution of "
+        "{taps} taps in blocks, its strongest form.",
+        below="No: {short} as fast.", above="Yes, if the kernel is one: {short} as fast.",
         more="Next to the plain convolution it is {plain} as fast.",
         beside=dict(plain=decoding(dict(method=begins("explicit"), us_per_token=min)))),
     Finding(
-        "distil_error", DISTIL, "Do distilled kernels stay within one per cent?", dense_error("longer"),
-        "A dense kernel with ten times fewer numbers, trained until it fits its own target, has {value} relative output error.",
-        limit=0.01, below="Yes, given enough training.", above="No.", more="After half the steps {early}.",
-        beside=dict(early=dense_error("free"))),
+        "distil_error", DISTIL, "Do distilled kernels stay within one per cent?", distilled_error("text"),
+        "Convolutions trained on text with free taps and then stored in ten times fewer numbers have {value} relative output "
+        "error, by the best method for each.",
+        limit=0.01, below="Yes.", above="No: {short} error.", more="On digits {digits}; trained as state spaces, on text, {s4d}.",
+        beside=dict(digits=distilled_error("digits"), s4d=distilled_error("text", "s4d"))),
     Finding(
         "original", PRUNING, "Does the original token pruning keep the accuracy?",
-        Either((Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
-                Cell("clip_vtp_results", "accuracy_change", dict(variant="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)))),
+        Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
         "With {share_of_dense_macs:.0%} of the multiply-adds left, class-name accuracy changes by {value}.",
         limit=-0.01, below="No: {short} lost.", above="Yes: at most one point lost."),
     Finding(
@@ -334,4 +317,12 @@ FINDINGS = [
         "In a whole encoder of ViT-B/16's shape the quadratic term overtakes the linear ones at {value}; its images have "
         "{tokens_min} as a rule.",
         limit=None, above="Beyond {short}."),
+    Finding(
+        "qwen", QWEN, "Where should a Qwen2.5-VL-class model drop vision tokens?",
+        Times("qwen_places", dict(variant="after 0.25"), dict(variant="inside 0.25"), dict(side=max)),
+        "With a quarter of the tokens kept, a prompt with a picture of {side} pixels is read {value} as fast if they go inside "
+        "the vision tower rather than behind it.",
+        below="Behind the vision tower.", above="Not behind the vision tower: inside it {short} as fast.",
+        more="Over all tokens: before the tower {before}, inside {inside}, behind it {after}, in the language model {language}.",
+        beside={where: prompt_speed(where) for where in ("before", "inside", "after", "language")}),
 ]

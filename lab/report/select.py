@@ -185,8 +185,7 @@ class Cell:
 class Times:
     """Time of row `a` over that of row `b`, from the raw times of the same rounds.
 
-    where: columns that both sides share. per: a column to divide the times by, such as tokens. words: columns of row
-    `b`. A value in a selection may be a function of the place, for what another table decides."""
+    where: columns that both sides share. per: a column to divide the times by, such as tokens. words: columns of row `b`."""
 
     table: str
     a: dict
@@ -198,9 +197,8 @@ class Times:
 
     def measure(self, place):
         table, raw = place.table(self.table), place.table(f"{self.table}_raw")
-        a, b = ({k: v.decide(place) if isinstance(v, Decided) else v for k, v in side.items()} for side in (self.a, self.b))
-        sides, shared = narrow([rows(table, self.where | side) for side in (a, b)], self.where)
-        first, second = (only(side, chosen) for side, chosen in zip(sides, (a, b), strict=True))
+        sides, shared = narrow([rows(table, self.where | side) for side in (self.a, self.b)], self.where)
+        first, second = (only(side, chosen) for side, chosen in zip(sides, (self.a, self.b), strict=True))
         keys = [c for c in raw if c in table and c not in ("run_id", "process", "i", "latency_ms")]
         times = [raw_times(raw, row, keys, self.per) for row in (first, second)]
         processes = sorted(set(times[0]) & set(times[1]))
@@ -208,7 +206,7 @@ class Times:
         if not processes or [len(part) for part in pairs[0]] != [len(part) for part in pairs[1]]:
             raise Missing("paired rounds")
         n_of = "rounds" + (f" in {len(processes)} runs" if len(processes) > 1 else "")
-        source = f"{self.table}_raw.csv: {describe(self.where | shared | told(a, first))} over {describe(told(b, second))}"
+        source = f"{self.table}_raw.csv: {describe(self.where | shared | told(self.a, first))} over {describe(told(self.b, second))}"
         return measured(ratio_interval(*pairs), sum(map(len, pairs[0])), n_of, source,
                         shared | {w: second[w] for w in self.words}, self.unit)
 
@@ -224,13 +222,6 @@ def raw_times(raw, row, keys, per):
     mine = rows(raw, {k: row[k] for k in keys if not pd.isna(row[k])}).sort_values("i")
     parts = mine.groupby("process") if "process" in mine else [(0, mine)]
     return {p: part["latency_ms"].to_numpy() / (row[per] if per else 1) for p, part in parts if len(part)}
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A value in a selection that another table of the place decides: decide(place) → value, or Missing."""
-
-    decide: Callable
 
 
 @dataclass(frozen=True)
@@ -277,8 +268,9 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Mean of a column over trainings (`over`: the column that tells them apart), Student's interval."""
+class Least:
+    """Mean over trainings (`over`) of the least value of a column among each one's rows, such as its best method's error;
+    Student's interval."""
 
     table: str
     column: str
@@ -287,13 +279,12 @@ class Mean:
     unit: str = ""
 
     def measure(self, place):
-        (found,), picked = narrow([rows(place.table(self.table), self.where)], self.where)
+        found = rows(place.table(self.table), self.where)
         if found.empty:
             raise Missing(describe(self.where))
-        if found[self.over].duplicated().any():
-            raise Ambiguous(f"several rows of one {self.over} fit {describe(self.where)}")
-        return measured(t_interval(found[self.column]), len(found), "trainings",
-                        f"{self.table}.csv: {describe(self.where | picked)}", picked, self.unit)
+        least = found.groupby(self.over)[self.column].min()
+        return measured(t_interval(least), len(least), "trainings",
+                        f"{self.table}.csv: {describe(self.where)}, least {self.column} of each {self.over}", unit=self.unit)
 
 
 @dataclass(frozen=True)
@@ -330,22 +321,3 @@ class Start:
         return measured(Estimate(float(start)), source=f"{self.table}_raw.csv: {describe(self.where | self.a)} over "
                         f"{describe(self.b)}, along {self.along}", words=dict(told=f"from {start:g} {self.unit} on{tail}"),
                         unit=self.unit)
-
-
-@dataclass(frozen=True)
-class Either:
-    """The first of several numbers that is there: where a table is about to get other names."""
-
-    numbers: tuple
-
-    @property
-    def table(self):
-        return self.numbers[0].table
-
-    def measure(self, place):
-        for number in self.numbers[:-1]:
-            try:
-                return number.measure(place)
-            except Missing:
-                pass
-        return self.numbers[-1].measure(place)
