@@ -583,12 +583,16 @@ def test_an_interrupted_run_goes_on_but_only_the_same(tmp_path, monkeypatch, cap
     assert "going on with 1 rows of an interrupted run" in capsys.readouterr().out
     monkeypatch.setattr(tables_module, "code_fingerprint", lambda: "other code")
     assert not Table(begin(tmp_path), "t", ["i"]).has(i=0)
-    assert "starting over, code, parameters or versions differ" in capsys.readouterr().out
+    assert "starting over, code, parameters, weights, images or versions differ" in capsys.readouterr().out
     monkeypatch.undo()
     Table(begin(tmp_path), "t", ["i"]).add(dict(i=0))
     assert not Table(begin(tmp_path, SEED=1), "t", ["i"]).has(i=0)
     Table(begin(tmp_path), "t", ["i"]).add(dict(i=0))
     assert not Table(begin(tmp_path, RESUME=False), "t", ["i"]).has(i=0)
+    Table(begin(tmp_path), "t", ["i"]).add(dict(i=0))
+    other = begin(tmp_path)
+    other.inputs["checkpoint"] = "a hash of other weights"
+    assert not Table(other, "t", ["i"]).has(i=0)
 
 
 def test_rows_that_wait_are_in_the_table_once_they_are_asked_for(tmp_path):

@@ -2,8 +2,10 @@
 where EA_CLIP_CHECKPOINT and EA_CIFAR10 say where it is."""
 
 import os
+import re
 import struct
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +84,16 @@ def test_the_processors_settings_are_followed(settings, tmp_path):
     order = [min(range(6), key=lambda j: (expected[j] - image).abs().sum()) for image in found]
     assert sorted(order) == list(range(6))
     close(found, expected[order], 1e-4 * expected.abs().max())
+
+
+def test_images_are_known_by_their_contents(processor, tmp_path):
+    """Same folder, same number: one pixel, one label or one class name more is another digest."""
+    images = load_images(f"imagefolder:{image_folder(tmp_path)}", 6, processor)
+    again = load_images(f"imagefolder:{tmp_path}", 6, processor)
+    assert images.digest() == again.digest()
+    again.pixels[0, 0, 0, 0] ^= 1
+    others = [again, replace(images, labels=images.labels.flip(0)), replace(images, classes=["cat", "dogs"]), replace(images, scale=1.0)]
+    assert len({one.digest() for one in (images, *others, images.part(slice(3)))}) == 6
 
 
 def test_a_part_of_the_images_keeps_labels_and_scaling():
@@ -219,11 +231,23 @@ def test_checkpoint_folders_that_cannot_be_used(clip, tmp_path):
         locate_checkpoint(str(tmp_path / "missing"))
     folder = save_clip(tmp_path / "My CLIP", clip)
     location = locate_checkpoint(str(folder))
-    assert location.slug == "my-clip"
+    assert location.slug == f"my-clip-{location.digest[:6]}"
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_checkpoint(location, torch.device("cpu"))
+
+
+def test_a_checkpoint_is_known_by_its_contents(clip, tmp_path):
+    """Folders of one name, names without a letter of ASCII, a file that was replaced: each has results of its own."""
+    one, two, other = (save_clip(tmp_path / name, clip) for name in ("a/clip", "b/clip", "模型"))
+    slugs = [locate_checkpoint(str(folder)).slug for folder in (one, two, other)]
+    assert slugs[0] == slugs[1] and re.fullmatch("checkpoint-[0-9a-f]{6}", slugs[2]), "the same contents, the same name"
+    for name, change in (("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), ("config.json", lambda data: data + b" "),
+                         ("preprocessor_config.json", lambda data: data + b" "), ("vocab.txt", lambda data: b"a")):
+        file, before = two / name, locate_checkpoint(str(two)).slug
+        file.write_bytes(change(file.read_bytes() if file.exists() else b""))
+        assert locate_checkpoint(str(two)).slug != before, name
 
 
 def test_texts_are_padded_to_the_text_towers_length_even_if_the_tokenizer_does_not_know_it(clip, tmp_path):
@@ -256,7 +280,7 @@ def test_without_a_network_a_stand_in_or_a_clear_refusal(monkeypatch, tmp_path):
 
 
 def a_run(smoke):
-    return SimpleNamespace(smoke=smoke, device=torch.device("cpu"), seed=0, facts={})
+    return SimpleNamespace(smoke=smoke, device=torch.device("cpu"), seed=0, facts={}, inputs={})
 
 
 def test_a_study_without_weights_says_why_nothing_is_judged(capsys):

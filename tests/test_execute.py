@@ -300,7 +300,7 @@ def test_other_parameters_or_versions_start_over_and_say_so(project):
     (folder / "stop").touch()
     words = ("--mode", "full", "--out", "out")
     assert run(*words).returncode == 1
-    said = "slow: starting over, code, parameters or versions differ"
+    said = "slow: starting over, code, parameters, weights, images or versions differ"
     other = run(*words, "--set", "LABEL=other")
     assert other.returncode == 1 and said in other.stdout and "step 0" in other.stdout
     (journal,) = folder.rglob(".slow.slow.journal")

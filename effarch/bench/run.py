@@ -102,6 +102,7 @@ class Run:
             git_commit=commit, git_dirty=dirty, seed=self.seed, utc_time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
             mode=self.mode)
         self.comparing, self.continued = 0.0, False  # seconds spent in comparisons; whether an interrupted run goes on
+        self.inputs = {}  # hashes of what is read (weights, images): with others a table begins anew
         self.facts = {}  # anything a notebook wants in the long provenance: checkpoint revision, templates, …
 
     @property

@@ -20,7 +20,7 @@ class Table:
     """A tidy CSV, `<results>/<name>.csv`: one row per configuration, named by the columns in `key`.
 
     `add` and `compare` write finished rows to a journal at once. A run that died and is started again with the same
-    code, parameters, device and versions finds them there (`has`) and goes on. A row counts as there only while the
+    code, parameters, weights, images, device and versions finds them there (`has`) and goes on. A row counts as there only while the
     cells run so far are those that made it: after an edit it is measured again. In the second and later processes of
     `run_all.sh --repeat`, times are measured again and pooled; everything else is taken over. What failed in one process
     stays failed."""
@@ -31,7 +31,7 @@ class Table:
         self.journal = run.results / f".{run.notebook}.{name}.journal"
         same = ("suite", "notebook", "mode", "device", "weights", "seed", "torch", "cuda", "transformers",
                 "python", "num_threads")
-        self.identity = dict({k: run.row[k] for k in same}, code=code_fingerprint(), key=self.key)
+        self.identity = dict({k: run.row[k] for k in same}, inputs=dict(run.inputs), code=code_fingerprint(), key=self.key)
         # values of the key columns → row; those that wait in the journal for `has` or `compare` are not in the table yet
         self._rows, self._waiting, self._made_by = {}, {}, {}
         previous = _open_journals.pop(str(self.journal), None)  # the cell was run again
@@ -73,7 +73,7 @@ class Table:
                 print(f"{self.name}: going on with {len(self._waiting)} rows {why}")
         else:
             if len(entries) > 1:
-                why = "RESUME is False" if not self.run.resume else "code, parameters or versions differ"
+                why = "RESUME is False" if not self.run.resume else "code, parameters, weights, images or versions differ"
                 print(f"{self.name}: starting over, {why}")
             self.file.truncate(0)
             self._append(self.identity)

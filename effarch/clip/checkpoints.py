@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from effarch.checks import check  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a checkpoint: configurations, vocabularies, weights
 
 
 def reachable(url, seconds=6):
@@ -48,8 +50,9 @@ class Location:
     """Where weights come from. folder None: no weights, `why` says the reason, a stand-in takes their place."""
 
     folder: str | None  # or a hub id
-    slug: str  # the name of the results' folder
+    slug: str  # the name of the results' folder: no two checkpoints share one
     why: str = ""
+    digest: str = ""  # of all that the checkpoint is: a hash of its files, or the hub's revision
 
 
 def safe_slug(text):
@@ -72,19 +75,19 @@ def locate_checkpoint(model_id, smoke=False):
     if folder.is_dir() or model_id[0] in "/.~":
         good = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
         check(good, "MODEL_ID", model_id, "a folder with config.json and *.safetensors, or a hub id")
-        return Location(str(folder), safe_slug(folder.resolve().name))
+        digest = folder_hash(folder)
+        return Location(str(folder), f"{safe_slug(folder.resolve().name) or 'checkpoint'}-{digest[:6]}", digest=digest)
     check_hub_id(model_id)
-    slug, why = safe_slug(model_id.split("/")[-1]), "a smoke run downloads nothing"
+    slug, why = safe_slug(model_id), "a smoke run downloads nothing"
     if not smoke:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
             online = reachable(hub)
-            folder = snapshot_download(model_id, allow_patterns=patterns, local_files_only=not online)
+            folder = snapshot_download(model_id, allow_patterns=list(FILES), local_files_only=not online)
             converted = any(Path(folder).glob("*.safetensors"))  # else transformers looks for a converted copy
-            return Location(folder if converted else model_id, slug)
+            return Location(folder if converted else model_id, slug, digest=Path(folder).name)
         except OSError as error:
             full = error.errno == errno.ENOSPC
             why = "the disk of the download cache is full" if full else f"no answer from {hub}" \
@@ -152,7 +155,19 @@ def load_checkpoint(location, device, smoke=False):
     return Checkpoint(model.eval().to(device), processor, tokenize, location.slug, True, facts)
 
 
+def folder_hash(folder):
+    """SHA-256 of a checkpoint's files, names and contents, as hexadecimal text."""
+    files = sorted(file for pattern in FILES for file in Path(folder).glob(pattern))
+    return hashlib.sha256("\n".join(f"{file.name} {file_hash(file)}" for file in files).encode()).hexdigest()
+
+
 def file_hash(path):
-    """SHA-256 of a file, as hexadecimal text."""
+    """SHA-256 of a file, as hexadecimal text; weights are gigabytes, so it is looked at again only where it has changed."""
+    facts = os.stat(path)
+    return _file_hash(str(path), facts.st_size, facts.st_mtime_ns)
+
+
+@cache
+def _file_hash(path, size, changed):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

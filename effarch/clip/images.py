@@ -1,6 +1,7 @@
 """Images to measure on: CIFAR-10, a folder of images, or synthetic ones; kept as bytes, normalised per batch."""
 
 import errno
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,13 @@ class Images:
 
     def __len__(self):
         return len(self.pixels)
+
+    def digest(self):
+        """SHA-256 of pixels, labels, class names and scaling, as hexadecimal text."""
+        made = hashlib.sha256(repr((tuple(self.pixels.shape), self.classes, self.mean, self.std, self.scale)).encode())
+        for part in (self.pixels, self.labels):
+            made.update(b"none" if part is None else part.contiguous().numpy().tobytes())
+        return made.hexdigest()
 
     def batch(self, index, device="cpu"):
         """Normalised float32 pixel_values (B, 3, S, S) of the images at `index` (a slice or a list)."""

@@ -47,6 +47,7 @@ def prepare(run, location, dataset, n_images):
     elif run.smoke:
         text = F.normalize(torch.randn(len(images.classes), model.config.projection_dim), dim=-1)
     measurable = run.smoke or not why_not
+    run.inputs.update(checkpoint=location.digest, images=images.digest())
     run.facts.update(checkpoint.facts, images=images.source, n_images=len(images), skipped=images.skipped,
                      quality=why_not or "measured", templates=templates)
     skipped = f", {images.skipped} files not decoded" if images.skipped else ""

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from effarch.checks import check
-from effarch.clip.checkpoints import Location, check_hub_id, locate_checkpoint, safe_slug
+from effarch.clip.checkpoints import Location, check_hub_id, locate_checkpoint
 from effarch.vlm.inputs import noise_prompt
 from effarch.vlm.shapes import random_model
 
@@ -82,4 +82,4 @@ def load_study(location, size, device, dtype, seed=0):
         raise ValueError(f"MODEL_ID: the checkpoint {location.folder} cannot be loaded ({reason})") from None
     kinds = ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration")
     check(type(model).__name__ in kinds, "MODEL_ID", type(model).__name__, "a Qwen2.5-VL or Qwen2-VL model")
-    return Study(model.eval().requires_grad_(False).to(device), processor, safe_slug(location.slug), "", seed)
+    return Study(model.eval().requires_grad_(False).to(device), processor, location.slug, "", seed)
