@@ -32,7 +32,13 @@ from effarch.clip.photographs import from_patches, paint_groups, paint_kept, pho
 from effarch.clip.quality import judge_images, per_image, quality_columns
 from effarch.clip.study import prepare
 from effarch.clip.towers import make_tower
-from effarch.clip.zero_shot import image_features, prompt_templates, text_features
+from effarch.clip.zero_shot import (
+    encode_texts,
+    image_features,
+    imagenet_names,
+    prompt_templates,
+    text_features,
+)
 from effarch.token_reduction import encode_images, reducer_for_budget
 
 
@@ -96,6 +102,20 @@ def test_images_are_known_by_their_contents(processor, tmp_path):
     assert len({one.digest() for one in (images, *others, images.part(slice(3)))}) == 6
 
 
+def test_photos_need_no_labels_and_parts_of_a_picture_are_a_group(processor, tmp_path):
+    image_folder(tmp_path, ("holiday", "holiday/deeper"), each=2)
+    for i in range(3):
+        Image.new("RGB", (20, 30), (90, 40 * i, 10)).save(tmp_path / f"big wave-{i}.jpg")
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = load_images(f"photos:{tmp_path}", 100, processor)
+    assert len(images) == 7 and images.labels is None and images.classes == [] and images.source == "photos"
+    assert sorted(images.groups) == ["big wave"] * 3 + ["holiday/0", "holiday/1", "holiday/deeper/0", "holiday/deeper/1"]
+    some = images.part(slice(2, 5))
+    assert some.groups == images.groups[2:5] and len(load_images(f"photos:{tmp_path}", 4, processor).groups) == 4
+    again = load_images(f"photos:{tmp_path}", 100, processor)
+    assert again.groups == images.groups and again.digest() == images.digest(), "the same seed, the same order"
+
+
 def test_a_part_of_the_images_keeps_labels_and_scaling():
     images = Images(torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2), torch.arange(4), ["a"], "x", scale=1.0)
     part = images.part([2, 3])
@@ -144,7 +164,7 @@ def test_undecodable_files_are_skipped_and_counted(processor, tmp_path):
         load_images(f"imagefolder:{root}", 9, processor)
 
 
-@pytest.mark.parametrize("dataset", ["imagefolder:/nowhere/at/all", "imagenet", "synthetic:x", "synthetic:4", ""])
+@pytest.mark.parametrize("dataset", ["imagefolder:/nowhere/at/all", "photos:/nowhere/at/all", "photos:", "imagenet", "synthetic:x", "synthetic:4", ""])
 def test_bad_datasets_are_one_clear_line(processor, dataset):
     with pytest.raises(ValueError, match="DATASET"):
         load_images(dataset, 4, processor)
@@ -200,12 +220,34 @@ class Fake:
         return transformers.BatchEncoding({"input_ids": torch.tensor(ids)})
 
 
+class Padded(Fake):
+    """The same with texts of any length, padded as CLIP's tokenizer pads: with the end token, to one length."""
+
+    def tokenize(self, texts):
+        ids = [[0, *(ord(c) % 90 + 5 for c in t[-8:]), 1] for t in texts]
+        full, mask = ([[*row, *[fill] * (12 - len(row))] for row in rows] for rows, fill in ((ids, 1), ([[1] * len(i) for i in ids], 0)))
+        return transformers.BatchEncoding({"input_ids": torch.tensor(full), "attention_mask": torch.tensor(mask)})
+
+
 def test_text_is_pooled_at_the_end_token(clip):
     text = text_features(Fake(clip), ["zebra", "horse", "plane"], ["a photo of a {}", "one {}"])
     assert text.shape == (3, 24) and (text @ text.T - 2 * torch.eye(3)).max() < 0.9999
     close(text.norm(dim=-1), torch.ones(3))
     states = clip.text_model(**Fake(clip).tokenize(["zebra", "horse"])).last_hidden_state
     close(states[0, 0], states[1, 0])  # the start token of a causal encoder sees nothing
+
+
+def test_texts_are_the_models_own_however_they_are_batched_and_shortened(clip):
+    fake, texts = Padded(clip), ["zebra", "horse", "plane", "a small horse in the rain", "cat"]
+    with torch.no_grad():
+        own = [getattr(out, "pooler_output", out) for out in (clip.get_text_features(**fake.tokenize([text])) for text in texts)]
+    for batch in (1, 2, 64):
+        close(encode_texts(fake, texts, batch), F.normalize(torch.cat(own), dim=-1))
+
+
+def test_imagenets_names_are_a_thousand_words():
+    names = imagenet_names()
+    assert len(names) == len(set(names)) == 1000 and {"tench", "tabby", "toilet tissue"} <= set(names)
 
 
 def test_texts_that_are_all_alike_and_a_single_class_are_refused(clip):
@@ -323,6 +365,31 @@ def test_quality_is_exact_on_known_features():
     assert row["accuracy_minus_dense"] == pytest.approx(-0.25) and row["n_images"] == 4
     assert row["top1_agreement_low"] < 0.75 < row["top1_agreement_high"] < 1
     assert "top1_agreement" not in quality_columns(per_image([judge_images(moved, dense)]))
+
+
+def test_many_names_are_harder_to_agree_on():
+    dense = F.normalize(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), dim=-1)
+    moved = F.normalize(torch.tensor([[0.9, 0.3], [0.9, 0.3], [0.1, 1.0]]), dim=-1)
+    names = F.normalize(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), dim=-1)
+    row = quality_columns(per_image([judge_images(moved, dense, torch.eye(2), None, names)]))
+    assert row["top1_agreement"] == 1 and row["names_agreement"] == pytest.approx(2 / 3) and "top1_accuracy" not in row
+
+
+def test_parts_of_one_picture_count_as_one():
+    """Four copies of each image say no more than one of each; as images of their own they would seem to."""
+    random = np.random.default_rng(0)
+    once = dict(cosine=random.random(12), agreement=(random.random(12) < 0.5).astype(float), accuracy=None, names_agreement=None)
+    base = once | dict(cosine=random.random(12), agreement=np.ones(12))
+    single = quality_columns(once, list(range(12)), base=base)
+    four = [{k: None if v is None else np.repeat(v, 4) for k, v in one.items()} for one in (once, base)]
+    grouped = quality_columns(four[0], np.repeat(range(12), 4).tolist(), base=four[1])
+    compared = [{k: v for k, v in row.items() if k not in ("n_images", "cosine_p5")} for row in (grouped, single)]
+    assert compared[0] == pytest.approx(compared[1])
+    assert (grouped["n_images"], grouped["n_pictures"]) == (48, 12)
+    loose = quality_columns(four[0], base=four[1])
+    for column in ("cosine_mean", "cosine_minus_base", "top1_agreement"):
+        width = [row[f"{column}_high"] - row[f"{column}_low"] for row in (grouped, loose)]
+        assert width[0] > 1.5 * width[1] and grouped[column] == pytest.approx(loose[column]), column
 
 
 def test_features_that_are_not_finite_are_a_status_and_no_number():

@@ -1,8 +1,9 @@
-"""Images to measure on: CIFAR-10, a folder of images, or synthetic ones; kept as bytes, normalised per batch."""
+"""Images to measure on: CIFAR-10, a folder of images with or without labels, or synthetic ones; kept as bytes, normalised per batch."""
 
 import errno
 import hashlib
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Images:
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
     scale: float = 1 / 255  # of the bytes, before mean and std
+    groups: list | None = None  # of photos: the picture that each is cut from
 
     def __len__(self):
         return len(self.pixels)
@@ -58,7 +60,8 @@ class Images:
 
     def part(self, index):
         """The Images at `index` (a slice or a list of numbers)."""
-        return replace(self, pixels=self.pixels[index], labels=None if self.labels is None else self.labels[index])
+        groups = None if self.groups is None else np.asarray(self.groups)[index].tolist()
+        return replace(self, pixels=self.pixels[index], labels=None if self.labels is None else self.labels[index], groups=groups)
 
 
 def scaling(processor):
@@ -95,6 +98,15 @@ def folder_images(path):
     names = [p.name.replace("_", " ") for p in folders]
     check(len(set(names)) == len(names), "DATASET", f"imagefolder:{path}", "folders whose names differ by more than _ and space")
     return paths, labels, names
+
+
+def photo_files(path):
+    """(paths, groups) of all images below a folder, unlabelled. Files whose names differ in a last number only, such as
+    cat-0.jpg and cat-1.jpg, are parts of one picture: a group."""
+    root = Path(path).expanduser()
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")) if path and root.is_dir() else []
+    check(files, "DATASET", f"photos:{path}", "a folder with images in it")
+    return files, [re.sub(r"-\d+$", "", f.relative_to(root).with_suffix("").as_posix()) for f in files]
 
 
 def cifar10(train):
@@ -147,16 +159,22 @@ def preprocess(pictures, processor, native=False):
 
 
 def load_images(dataset, count, processor, seed=0, train=False, native=False):
-    """`count` images of DATASET: 'cifar10', 'imagefolder:<path>' or 'synthetic:<side>', stratified by class.
+    """`count` images of DATASET: 'cifar10' or 'imagefolder:<path>', stratified by class; 'photos:<path>', pictures of any kind
+    without labels, in random order; 'synthetic:<side>'.
 
     Files that cannot be decoded are skipped and counted. ValueError for a bad name or folder; NoImages
     where CIFAR-10 is neither here nor can be downloaded."""
     kind, _, rest = dataset.partition(":")
-    check(kind in ("cifar10", "imagefolder", "synthetic"), "DATASET", dataset,
-          "cifar10, imagefolder:<path>, synthetic:<side>")
+    check(kind in ("cifar10", "imagefolder", "photos", "synthetic"), "DATASET", dataset,
+          "cifar10, imagefolder:<path>, photos:<path>, synthetic:<side>")
+    groups = None
     if kind == "synthetic":
         check(rest.isdigit() and 16 <= int(rest) <= 1024, "DATASET", dataset, "synthetic:64, synthetic:128, …")
         pictures, labels, classes = synthetic(int(rest), count, seed), None, []
+    elif kind == "photos":
+        files, names = photo_files(rest)
+        chosen = np.random.default_rng(seed).permutation(len(files))[:count]
+        pictures, groups, labels, classes = [files[i] for i in chosen], [names[i] for i in chosen], None, []
     else:
         pictures, labels, classes = folder_images(rest) if kind == "imagefolder" else cifar10(train)
         chosen = stratified(labels, count, seed)
@@ -164,5 +182,6 @@ def load_images(dataset, count, processor, seed=0, train=False, native=False):
     pixels, good = preprocess(pictures, processor, native)
     check(len(good) > 0, "DATASET", dataset, f"images that can be decoded; none of {len(pictures)} could")
     labels = None if labels is None else torch.tensor([labels[i] for i in good])
-    source = "imagefolder" if kind == "imagefolder" else dataset
-    return Images(pixels, labels, classes, source, len(pictures) - len(good), **scaling(processor))
+    groups = None if groups is None else [groups[i] for i in good]
+    source = kind if kind in ("imagefolder", "photos") else dataset
+    return Images(pixels, labels, classes, source, len(pictures) - len(good), **scaling(processor), groups=groups)

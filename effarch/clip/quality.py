@@ -10,12 +10,13 @@ def flags(hits):
     return "".join("ny"[int(hit)] for hit in hits)
 
 
-def judge_images(features, dense, text=None, labels=None):
+def judge_images(features, dense, text=None, labels=None, names=None):
     """What became of each image, as text for one table cell each: cosine to the dense feature, whether the top-1 class is
-    the dense model's, whether it is right. features, dense: (N, P); text: (C, P) or None; labels: (N,) or None.
+    the dense model's, whether it is right, whether the top-1 of many `names` is the dense model's.
 
-    Features that are not finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
-    row = dict(cosines="", agrees="", corrects="")
+    features, dense: (N, P); text: (C, P) or None; labels: (N,) or None; names: (M, P) or None. Features that are not
+    finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
+    row = dict(cosines="", agrees="", corrects="", names_agree="")
     features, dense = features.float(), dense.float()  # half precision would round a cosine to three digits
     if not features.isfinite().all():
         return dict(row, status="nan")
@@ -24,36 +25,48 @@ def judge_images(features, dense, text=None, labels=None):
         predicted, expected = ((f @ text.float().T).argmax(-1) for f in (features, dense))
         row["agrees"] = flags(predicted == expected)
         row["corrects"] = flags(predicted == labels) if labels is not None else ""
+    if names is not None:
+        row["names_agree"] = flags((features @ names.float().T).argmax(-1) == (dense @ names.float().T).argmax(-1))
     return row
 
 
+# what is judged of each image → the column of `judge_images`, that of the mean over images
+JUDGED = {"cosine": ("cosines", "cosine_mean"), "agreement": ("agrees", "top1_agreement"), "accuracy": ("corrects", "top1_accuracy"),
+          "names_agreement": ("names_agree", "names_agreement")}
+
+
 def per_image(rows):
-    """Rows from `judge_images` (one per random draw) → {'cosine', 'agreement', 'accuracy': (N,) or None}; the
-    draws' mean per image."""
+    """Rows from `judge_images` (one per random draw) → {what is judged: (N,) or None}; the draws' mean per image."""
     def values(column):
         parts = [[float(v) for v in row[column].split()] if column == "cosines" else [f == "y" for f in row[column]]
-                 for row in rows if row[column]]
+                 for row in rows if row.get(column)]
         return np.mean(parts, axis=0) if parts else None
 
-    return dict(cosine=values("cosines"), agreement=values("agrees"), accuracy=values("corrects"))
+    return {what: values(column) for what, (column, _) in JUDGED.items()}
 
 
-def quality_columns(seen, **baselines):
+def mean_of(values, groups=None, share=False):
+    """Estimate of a mean over images. groups: (N,) which picture each image is cut from; then pictures are redrawn, not
+    images, since crops of one picture are alike. share: 0 or 1 each, Wilson's interval."""
+    if groups is not None:
+        _, group = np.unique(groups, return_inverse=True)
+        return bootstrap_mean(np.bincount(group, values) / np.bincount(group))
+    return wilson(values.sum(), len(values)) if share else bootstrap_mean(values)
+
+
+def quality_columns(seen, groups=None, **baselines):
     """Columns of a table from `per_image`: means with 95 % intervals, and for each baseline={per_image of it} the
-    differences paired by image (cosine_minus_<baseline>, agreement_minus_…, accuracy_minus_…)."""
+    differences paired by image (cosine_minus_<baseline>, agreement_minus_…, …). groups: see `mean_of`."""
     known = [values for values in seen.values() if values is not None]
     if not known:  # no draw gave finite features
         return dict(n_images=0, status="nan")
-    n = len(known[0])
-    row = dict(n_images=n)
+    row = dict(n_images=len(known[0])) | ({} if groups is None else dict(n_pictures=len(set(groups))))
     if seen["cosine"] is not None:
-        row.update(with_interval("cosine_mean", bootstrap_mean(seen["cosine"])))
         row.update(cosine_p5=float(np.percentile(seen["cosine"], 5)), cosine_min=float(seen["cosine"].min()))
-    for short, column in (("agreement", "top1_agreement"), ("accuracy", "top1_accuracy")):
-        if seen[short] is not None:
-            row.update(with_interval(column, wilson(seen[short].sum(), n)))
-    for name, baseline in baselines.items():
-        for short in ("cosine", "agreement", "accuracy"):
-            if seen[short] is not None and baseline[short] is not None:
-                row.update(with_interval(f"{short}_minus_{name}", bootstrap_mean(seen[short] - baseline[short])))
+    for what, (_, column) in JUDGED.items():
+        if seen[what] is not None:
+            row.update(with_interval(column, mean_of(seen[what], groups, share=what != "cosine")))
+            for name, baseline in baselines.items():
+                if baseline[what] is not None:
+                    row.update(with_interval(f"{what}_minus_{name}", mean_of(seen[what] - baseline[what], groups)))
     return row

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from effarch.clip.checkpoints import load_checkpoint
 from effarch.clip.images import Images, NoImages, load_images
-from effarch.clip.zero_shot import prompt_templates, text_features
+from effarch.clip.quality import judge_images, quality_columns
+from effarch.clip.zero_shot import imagenet_names, prompt_templates, text_features
 
 
 @dataclass
@@ -19,8 +20,19 @@ class Study:
     model: Any
     images: Images
     text: torch.Tensor | None  # (C, P) features of the class names, on the CPU; None without labels or tokenizer
+    names: torch.Tensor | None  # (1000, P) the same of ImageNet's names, which any picture can be asked for
     measurable: bool
     why_not: str
+
+    def judge(self, features, dense):
+        """`judge_images` of the features (n, P) of the first n images; dense (N, P): of all of them, or of these."""
+        some = self.images.part(slice(0, len(features)))
+        return judge_images(features, dense[:len(features)], self.text, some.labels, self.names)
+
+    def columns(self, seen, **baselines):
+        """`quality_columns` of the first images; where several are cut from one picture, pictures are redrawn."""
+        n = next((len(values) for values in seen.values() if values is not None), 0)
+        return quality_columns(seen, self.images.groups and self.images.groups[:n], **baselines)
 
 
 def prepare(run, location, dataset, n_images):
@@ -39,13 +51,19 @@ def prepare(run, location, dataset, n_images):
         why_not = why_not or f"no images ({error})"
     if run.smoke and images.labels is None:
         images.labels, images.classes = torch.arange(len(images)) % 3, ["a", "b", "c"]
-    why_not = why_not or ("" if images.labels is not None else "images without labels")
-    text, templates = None, None
+    why_not = why_not or ("noise images" if images.source.startswith("synthetic") and not run.smoke else "")
+    text, templates, names = None, None, None
     if images.classes and checkpoint.tokenize and not why_not:
         templates = prompt_templates(images.classes)
         text = text_features(checkpoint, images.classes, templates).cpu()
+    if checkpoint.tokenize and not why_not:
+        try:
+            names = text_features(checkpoint, imagenet_names(), ["a photo of a {}."])
+        except ValueError as error:  # a tokenizer of another language, say
+            print(f"ImageNet's names are not judged: {error}")
+        text = names if images.labels is None else text
     elif run.smoke:
-        text = F.normalize(torch.randn(len(images.classes), model.config.projection_dim), dim=-1)
+        text, names = (F.normalize(torch.randn(n, model.config.projection_dim), dim=-1) for n in (len(images.classes), 20))
     measurable = run.smoke or not why_not
     run.inputs.update(checkpoint=location.digest, images=images.digest())
     run.facts.update(checkpoint.facts, images=images.source, n_images=len(images), skipped=images.skipped,
@@ -53,4 +71,4 @@ def prepare(run, location, dataset, n_images):
     skipped = f", {images.skipped} files not decoded" if images.skipped else ""
     print(f"{checkpoint.slug}, {side} px; {len(images)} images of {images.source}{skipped}; cosine, agreement and accuracy: "
           f"{'random numbers, no result' if run.smoke else why_not or 'measured'}")
-    return Study(checkpoint, model, images, text, measurable, why_not)
+    return Study(checkpoint, model, images, text, names, measurable, why_not)

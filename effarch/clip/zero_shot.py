@@ -24,20 +24,36 @@ def prompt_templates(classes):
     return CIFAR_TEMPLATES if set(classes) == set(CIFAR_CLASSES) else ["a photo of a {}."]
 
 
+def imagenet_names():
+    """The names of ImageNet's 1000 classes, from torchvision."""
+    from torchvision.models import ResNet50_Weights
+
+    return ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+
+
+def encode_texts(checkpoint, texts, batch=64):
+    """(n, P) normalised features of texts, pooled at the end token, on the CPU."""
+    rows = []
+    for start in range(0, len(texts), batch):
+        tokens = checkpoint.tokenize(texts[start:start + batch])
+        if type(checkpoint.model).__name__ == "CLIPModel" and "attention_mask" in tokens:
+            # its tokens look back only, so what pads them changes nothing; SigLIP reads its padding, too
+            longest = int(tokens["attention_mask"].sum(1).max())
+            tokens = {name: values[:, :longest] for name, values in tokens.items()}
+        out = checkpoint.model.get_text_features(**{k: v.to(checkpoint.model.device) for k, v in tokens.items()})
+        rows.append(F.normalize(getattr(out, "pooler_output", out), dim=-1).cpu())
+    return torch.cat(rows)
+
+
 @torch.no_grad()
 def text_features(checkpoint, classes, templates):
-    """(C, P): per class the normalised mean of its prompts' normalised features (pooled at the end token).
+    """(C, P): per class the normalised mean of its prompts' normalised features.
 
     ValueError with fewer than two classes, and where two classes get the same feature: a tokenizer that does not know
     their names makes all texts alike, and every prediction the first class."""
     check(len(classes) >= 2, "class names", classes, "at least two: with one, every prediction is right")
-    rows = []
-    for name in classes:
-        tokens = checkpoint.tokenize([template.format(name) for template in templates])
-        out = checkpoint.model.get_text_features(**tokens.to(checkpoint.model.device))
-        features = F.normalize(getattr(out, "pooler_output", out), dim=-1)
-        rows.append(F.normalize(features.mean(0), dim=-1))
-    features = torch.stack(rows)
+    features = encode_texts(checkpoint, [template.format(name) for name in classes for template in templates])
+    features = F.normalize(features.unflatten(0, (len(classes), -1)).mean(1), dim=-1)
     alike = (features @ features.T).fill_diagonal_(-1)
     first, second = divmod(int(alike.argmax()), len(classes))
     check(alike.max() < SAME, "class texts", [classes[first], classes[second]], "names that the text tower tells apart")
