@@ -16,6 +16,7 @@ from effarch.clip.checkpoints import reachable
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BUNDLED = ("astronaut", "chelsea", "coffee", "camera", "horse", "stereo_motorcycle", "page", "rocket")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -109,6 +110,24 @@ def photo_files(path):
     return files, [re.sub(r"-\d+$", "", f.relative_to(root).with_suffix("").as_posix()) for f in files]
 
 
+def bundled_photographs():
+    """[(name, PIL image)]: photographs and a page of text that come with scikit-image; [] without it."""
+    try:
+        from skimage import data
+    except ImportError:
+        return []
+    pictures = []
+    for name in BUNDLED:
+        try:
+            array = getattr(data, name)()
+        except (AttributeError, OSError, ImportError):  # not in this version, or not downloaded with it
+            continue
+        array = np.asarray(array[0] if isinstance(array, tuple) else array)
+        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+        pictures.append((name.removeprefix("stereo_"), Image.fromarray(array).convert("RGB")))
+    return pictures
+
+
 def cifar10(train):
     """(PIL images, labels, classes) of CIFAR-10 through torchvision; NoImages where it cannot be had."""
     from torchvision.datasets import CIFAR10
@@ -160,17 +179,22 @@ def preprocess(pictures, processor, native=False):
 
 def load_images(dataset, count, processor, seed=0, train=False, native=False):
     """`count` images of DATASET: 'cifar10' or 'imagefolder:<path>', stratified by class; 'photos:<path>', pictures of any kind
-    without labels, in random order; 'synthetic:<side>'.
+    without labels, in random order; 'photographs', the eight of scikit-image; 'synthetic:<side>'.
 
     Files that cannot be decoded are skipped and counted. ValueError for a bad name or folder; NoImages
-    where CIFAR-10 is neither here nor can be downloaded."""
+    where CIFAR-10 or scikit-image is neither here nor can be downloaded."""
     kind, _, rest = dataset.partition(":")
-    check(kind in ("cifar10", "imagefolder", "photos", "synthetic"), "DATASET", dataset,
-          "cifar10, imagefolder:<path>, photos:<path>, synthetic:<side>")
+    check(kind in ("cifar10", "imagefolder", "photos", "photographs", "synthetic"), "DATASET", dataset,
+          "cifar10, imagefolder:<path>, photos:<path>, photographs, synthetic:<side>")
     groups = None
     if kind == "synthetic":
         check(rest.isdigit() and 16 <= int(rest) <= 1024, "DATASET", dataset, "synthetic:64, synthetic:128, …")
         pictures, labels, classes = synthetic(int(rest), count, seed), None, []
+    elif kind == "photographs":
+        found = bundled_photographs()[:count]
+        if not found:
+            raise NoImages("scikit-image is not installed")
+        (groups, pictures), labels, classes = map(list, zip(*found, strict=True)), None, []
     elif kind == "photos":
         files, names = photo_files(rest)
         chosen = np.random.default_rng(seed).permutation(len(files))[:count]

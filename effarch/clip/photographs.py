@@ -1,31 +1,15 @@
 """Photographs to look at, and what token reduction does to them, painted patch by patch."""
 
-import numpy as np
 import torch
-from PIL import Image
 
-from effarch.clip.images import Images, preprocess, scaling
-
-BUNDLED = ("astronaut", "chelsea", "coffee", "camera", "horse", "stereo_motorcycle", "page", "rocket")
+from effarch.clip.images import Images, bundled_photographs, preprocess, scaling
 
 
 def photographs(study, most=8):
     """(names, Images): pictures that come with scikit-image, at the model's size; without it, the study's own images."""
-    pictures = []
-    try:
-        from skimage import data
-    except ImportError:
-        data = None
-        print("scikit-image is not installed: test images take the photographs' place")
-    for name in BUNDLED if data is not None else ():
-        try:
-            array = getattr(data, name)()
-        except (AttributeError, OSError, ImportError):  # not in this version, or not downloaded with it
-            continue
-        array = np.asarray(array[0] if isinstance(array, tuple) else array)
-        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-        pictures.append((name.removeprefix("stereo_"), Image.fromarray(array).convert("RGB")))
+    pictures = bundled_photographs()
     if not pictures:
+        print("scikit-image is not installed: test images take the photographs' place")
         return [f"image {i + 1}" for i in range(min(most, len(study.images)))], study.images.part(slice(0, most))
     names, shots = zip(*pictures[:most], strict=True)
     processor = study.checkpoint.processor

@@ -25,10 +25,10 @@ def prompt_templates(classes):
 
 
 def imagenet_names():
-    """The names of ImageNet's 1000 classes, from torchvision."""
+    """The different names of ImageNet's 1000 classes, from torchvision: 999, since Cardigan is a dog and a garment."""
     from torchvision.models import ResNet50_Weights
 
-    return ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+    return list({name.lower(): name for name in ResNet50_Weights.IMAGENET1K_V2.meta["categories"]}.values())
 
 
 def encode_texts(checkpoint, texts, batch=64):

@@ -128,8 +128,8 @@ def collect(places, findings=None):
 
 MRSS, SCAN, LAYERS, MULTI, DISTIL = (f"ssm/{name}" for name in (
     "mrss_proxy_experiment", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels"))
-PRUNING, MERGING, REDUCTION, SCALING, QWEN = (f"vlm/{name}" for name in (
-    "clip_pruning", "token_merging", "token_reduction", "token_scaling", "qwen_pruning"))
+PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN = (f"vlm/{name}" for name in (
+    "clip_pruning", "token_merging", "token_reduction", "photographs", "token_scaling", "qwen_pruning"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
 ATTENTION, MAMBA2 = dict(variant="attention"), dict(variant="Mamba-2 (ours)")
@@ -185,6 +185,11 @@ def feature_kept(method):
 def reduced(column, method="ours", budget=0.5, unit="%"):
     """A cell of the comparison of token reductions at equal compute."""
     return Cell("token_reduction_methods", column, dict(method=method, budget=budget), unit, ("macs_share",))
+
+
+def on_photographs(column, method="ours", unit="%"):
+    """A cell of the comparison on photographs, at half the multiply-adds."""
+    return Cell("photograph_methods", column, dict(method=method, budget=0.5), unit, ("macs_share",))
 
 
 def reduced_time(method="ours", batch=max):
@@ -291,6 +296,15 @@ FINDINGS = [
         "tokens_tome", REDUCTION, "Is that better than ToMe?", reduced("agreement_minus_tome", unit="points"),
         "On the same images, with {macs_share:.0%} of the multiply-adds, {value} of answers that stay.",
         limit=0.0, below="No: {short} fewer.", above="Yes: {short} more."),
+    Finding(
+        "photos", PHOTOS, "And on photographs?", on_photographs("names_agreement_minus_tome", unit="points"),
+        "On photographs, with {macs_share:.0%} of the multiply-adds, {value} of answers that stay, compared with ToMe; the answers are "
+        "ImageNet's names.",
+        limit=0.0, below="No: {short} fewer than ToMe.", above="Yes: {short} more than ToMe.",
+        undecided="Undecided against ToMe.",
+        more="Ours keeps {agreement} of them and the feature at a cosine of {cosine}; ToMe {tome}, a smaller image {smaller}.",
+        beside=dict(agreement=on_photographs("names_agreement"), cosine=on_photographs("cosine_mean", unit=""),
+                    tome=on_photographs("names_agreement", "tome"), smaller=on_photographs("names_agreement", "smaller_input"))),
     Finding(
         "tokens_time", REDUCTION, "Does the saving show on the clock?", reduced_time(),
         "At half the multiply-adds it is {value} as fast as the whole encoder with {batch} images at a time.",
