@@ -365,7 +365,7 @@ def test():
     """Lint, then all tests; returns the exit status."""
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "."], cwd=ROOT).returncode
     print(f"ruff: {'ok' if lint == 0 else 'failed'}", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "-n", "3", "--dist", "worksteal"], cwd=ROOT).returncode or lint
+    return subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal"], cwd=ROOT).returncode or lint
 
 
 def main(argv=None):
