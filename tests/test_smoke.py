@@ -140,7 +140,7 @@ def undocumented(folder):
         missing += [] if path.name in words or path.stem.endswith("_raw") else [path.name]
         for column in pd.read_csv(path, nrows=1).columns:
             stem = re.sub(r"_(low|high|p\d+)$", "", column)
-            stem = re.sub(r"_minus_(best|tome|fixed|dense)$", "_minus_x", stem)
+            stem = re.sub(r"_minus_(best|tome|fixed|dense|previous|ours)$", "_minus_x", stem)
             missing += [] if {column, stem, f"{stem}_median"} & words else [f"{path.name}: {column}"]
     return missing
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from effarch.clip.photographs import BUNDLED
+from effarch.clip.images import bundled_photographs
 
 WORDS = ("river copper window seventeen market orange bridge silent harbour planet velvet thunder garden mirror lantern "
          "ticket walnut summer engine pebble compass ribbon saddle cotton").split()
@@ -22,24 +22,6 @@ class Question:
 
     def __str__(self):
         return self.name
-
-
-def photographs():
-    """The bundled photographs as [(name, PIL image)]; [] without scikit-image."""
-    try:
-        from skimage import data
-    except ImportError:
-        return []
-    found = []
-    for name in BUNDLED:
-        try:
-            array = getattr(data, name)()
-        except (AttributeError, OSError, ImportError):  # not in this version, or not downloaded with it
-            continue
-        array = np.asarray(array[0] if isinstance(array, tuple) else array)
-        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-        found.append((name.removeprefix("stereo_"), Image.fromarray(array).convert("RGB")))
-    return found
 
 
 def page(seed, side=448):
@@ -70,7 +52,7 @@ def chart(seed, side=448):
 
 def questions(each=8, seed=0):
     """At most `each` questions of every kind: describe a photograph, read a page, read a chart's values."""
-    asked = [Question(name, "photo", shot, "Describe this image in one sentence.") for name, shot in photographs()[:each]]
+    asked = [Question(name, "photo", shot, "Describe this image in one sentence.") for name, shot in bundled_photographs()[:each]]
     asked += [Question(f"page {i + 1}", "text", page(seed + i), "Read the text in this image, line by line.") for i in range(each)]
     return asked + [Question(f"chart {i + 1}", "chart", chart(seed + i), "List every bar of this chart with its value.")
                     for i in range(each)]
