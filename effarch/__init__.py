@@ -2,7 +2,7 @@
 
 effarch.multirate, scans, multirate_scan, distillation   sequence layers, exported from the notebooks in ssm/
 effarch.token_reduction                                  fewer tokens in a vision tower, exported from those in vlm/
-effarch.clip                                             checkpoints, images, zero-shot evaluation, towers
+effarch.clip                                             checkpoints, images, class-name heads, towers
 effarch.bench                                            timing, memory, intervals, tables, figures, claims
 
 Importing this package imports nothing else."""

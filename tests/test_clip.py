@@ -33,11 +33,13 @@ from effarch.clip.quality import judge_images, per_image, quality_columns
 from effarch.clip.study import prepare
 from effarch.clip.towers import make_tower
 from effarch.clip.zero_shot import (
+    FROM_IMAGENET,
     encode_texts,
     image_features,
     imagenet_names,
     prompt_templates,
     text_features,
+    zero_shot_features,
 )
 from effarch.token_reduction import encode_images, reducer_for_budget
 
@@ -248,6 +250,16 @@ def test_texts_are_the_models_own_however_they_are_batched_and_shortened(clip):
 def test_imagenets_names_are_a_thousand_words():
     names = imagenet_names()
     assert len(names) == len({name.lower() for name in names}) == 999 and {"tench", "tabby", "toilet tissue"} <= set(names)
+
+
+def test_the_zero_shot_head_knows_imagenets_names_only(clip):
+    assert list(FROM_IMAGENET) == list(CIFAR_CLASSES) and {w for part in FROM_IMAGENET.values() for w in part} <= set(imagenet_names())
+    fake = Padded(clip)
+    head = zero_shot_features(fake)
+    horses = encode_texts(fake, ["a photo of a sorrel.", "a photo of the sorrel."])
+    close(head[7], F.normalize(horses.mean(0), dim=-1))
+    row = judge_images(head, head, None, torch.arange(10), zero_shot=head)
+    assert row["zero_shot_corrects"] == "y" * 10 and row["corrects"] == ""
 
 
 def test_texts_that_are_all_alike_and_a_single_class_are_refused(clip):

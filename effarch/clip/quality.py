@@ -10,13 +10,13 @@ def flags(hits):
     return "".join("ny"[int(hit)] for hit in hits)
 
 
-def judge_images(features, dense, text=None, labels=None, names=None):
+def judge_images(features, dense, text=None, labels=None, names=None, zero_shot=None):
     """What became of each image, as text for one table cell each: cosine to the dense feature, whether the top-1 class is
-    the dense model's, whether it is right, whether the top-1 of many `names` is the dense model's.
+    the dense model's, whether it is right, the same of many `names` and of a zero-shot head.
 
-    features, dense: (N, P); text: (C, P) or None; labels: (N,) or None; names: (M, P) or None. Features that are not
-    finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
-    row = dict(cosines="", agrees="", corrects="", names_agree="")
+    features, dense: (N, P); text, zero_shot: (C, P) or None; labels: (N,) or None; names: (M, P) or None. Features that
+    are not finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
+    row = dict(cosines="", agrees="", corrects="", names_agree="", zero_shot_corrects="")
     features, dense = features.float(), dense.float()  # half precision would round a cosine to three digits
     if not features.isfinite().all():
         return dict(row, status="nan")
@@ -27,12 +27,14 @@ def judge_images(features, dense, text=None, labels=None, names=None):
         row["corrects"] = flags(predicted == labels) if labels is not None else ""
     if names is not None:
         row["names_agree"] = flags((features @ names.float().T).argmax(-1) == (dense @ names.float().T).argmax(-1))
+    if zero_shot is not None and labels is not None:
+        row["zero_shot_corrects"] = flags((features @ zero_shot.float().T).argmax(-1) == labels)
     return row
 
 
 # what is judged of each image → the column of `judge_images`, that of the mean over images
 JUDGED = {"cosine": ("cosines", "cosine_mean"), "agreement": ("agrees", "top1_agreement"), "accuracy": ("corrects", "top1_accuracy"),
-          "names_agreement": ("names_agree", "names_agreement")}
+          "names_agreement": ("names_agree", "names_agreement"), "zero_shot_accuracy": ("zero_shot_corrects", "zero_shot_accuracy")}
 
 
 def per_image(rows):
@@ -64,9 +66,9 @@ def quality_columns(seen, groups=None, **baselines):
     if seen["cosine"] is not None:
         row.update(cosine_p5=float(np.percentile(seen["cosine"], 5)), cosine_min=float(seen["cosine"].min()))
     for what, (_, column) in JUDGED.items():
-        if seen[what] is not None:
+        if seen.get(what) is not None:
             row.update(with_interval(column, mean_of(seen[what], groups, share=what != "cosine")))
             for name, baseline in baselines.items():
-                if baseline[what] is not None:
+                if baseline.get(what) is not None:
                     row.update(with_interval(f"{what}_minus_{name}", mean_of(seen[what] - baseline[what], groups)))
     return row

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from effarch.clip.checkpoints import load_checkpoint
-from effarch.clip.images import Images, NoImages, load_images
+from effarch.clip.images import CIFAR_CLASSES, Images, NoImages, load_images
 from effarch.clip.quality import judge_images, quality_columns
-from effarch.clip.zero_shot import imagenet_names, prompt_templates, text_features
+from effarch.clip.zero_shot import imagenet_names, prompt_templates, text_features, zero_shot_features
 
 
 @dataclass
@@ -21,13 +21,14 @@ class Study:
     images: Images
     text: torch.Tensor | None  # (C, P) features of the class names, on the CPU; None without labels or tokenizer
     names: torch.Tensor | None  # (1000, P) the same of ImageNet's names, which any picture can be asked for
+    zero_shot: torch.Tensor | None  # (10, P) CIFAR-10's classes by names of ImageNet's; None for other images
     measurable: bool
     why_not: str
 
     def judge(self, features, dense):
         """`judge_images` of the features (n, P) of the first n images; dense (N, P): of all of them, or of these."""
         some = self.images.part(slice(0, len(features)))
-        return judge_images(features, dense[:len(features)], self.text, some.labels, self.names)
+        return judge_images(features, dense[:len(features)], self.text, some.labels, self.names, self.zero_shot)
 
     def columns(self, seen, **baselines):
         """`quality_columns` of the first images; where several are cut from one picture, pictures are redrawn."""
@@ -52,7 +53,7 @@ def prepare(run, location, dataset, n_images):
     if run.smoke and images.labels is None:
         images.labels, images.classes = torch.arange(len(images)) % 3, ["a", "b", "c"]
     why_not = why_not or ("noise images" if images.source.startswith("synthetic") and not run.smoke else "")
-    text, templates, names = None, None, None
+    text, templates, names, zero_shot = None, None, None, None
     if images.classes and checkpoint.tokenize and not why_not:
         templates = prompt_templates(images.classes)
         text = text_features(checkpoint, images.classes, templates).cpu()
@@ -62,6 +63,7 @@ def prepare(run, location, dataset, n_images):
         except ValueError as error:  # a tokenizer of another language, say
             print(f"ImageNet's names are not judged: {error}")
         text = names if images.labels is None else text
+        zero_shot = zero_shot_features(checkpoint) if images.classes == list(CIFAR_CLASSES) else None
     elif run.smoke:
         text, names = (F.normalize(torch.randn(n, model.config.projection_dim), dim=-1) for n in (len(images.classes), 20))
     measurable = run.smoke or not why_not
@@ -71,4 +73,4 @@ def prepare(run, location, dataset, n_images):
     skipped = f", {images.skipped} files not decoded" if images.skipped else ""
     print(f"{checkpoint.slug}, {side} px; {len(images)} images of {images.source}{skipped}; cosine, agreement and accuracy: "
           f"{'random numbers, no result' if run.smoke else why_not or 'measured'}")
-    return Study(checkpoint, model, images, text, names, measurable, why_not)
+    return Study(checkpoint, model, images, text, names, zero_shot, measurable, why_not)
