@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from effarch.checks import check
+
 
 class RingBuffer:
     """Explicit convolution, O(L) per token. kernel (L, D); `step(x)`: x (D,) → y (D,)."""
@@ -15,27 +17,28 @@ class RingBuffer:
         D, L = self.reversed.shape
         self.past, self.at = kernel.new_zeros(D, 2 * L), 0
         self.rows = D if kernel.is_cuda else min(rows, D)
-        self.work, self.y = kernel.new_empty(self.rows, L), kernel.new_empty(D)
+        self.work = kernel.new_empty(self.rows, L)
 
     def step(self, x):
         L = self.reversed.shape[1]
         self.past[:, self.at] = x
         self.past[:, self.at + L] = x
         self.at = (self.at + 1) % L
-        window = self.past[:, self.at or L:][:, :L]  # the last L inputs, oldest first
+        window, y = self.past[:, self.at or L:][:, :L], torch.empty_like(x)  # the last L inputs, oldest first
         for i in range(0, len(x), self.rows):
             part = self.reversed[i:i + self.rows]
             work = torch.mul(part, window[i:i + self.rows], out=self.work[:len(part)])
-            torch.sum(work, 1, out=self.y[i:i + self.rows])
-        return self.y
+            torch.sum(work, 1, out=y[i:i + self.rows])
+        return y
 
 
 class BlockedConvolution:
-    """Exact convolution, amortised: one FFT per block of P tokens, ≤ P taps in between. kernel (L, D).
+    """Exact convolution, amortised: one FFT per block of P tokens, ≤ P taps in between. kernel (L, D); 1 ≤ block ≤ L.
 
     A one-level form of the relaxed convolutions of van der Hoeven (2002) and Flash Inference (arXiv:2410.12982)."""
 
     def __init__(self, kernel, block):
+        check(1 <= block <= len(kernel), "block", block, f"1 to {len(kernel)}, the taps of the kernel")
         self.L, self.P, self.j = len(kernel), block, 0
         self.size = 2 ** math.ceil(math.log2(self.L + block))
         self.spectrum = torch.fft.rfft(kernel.T, self.size)
@@ -89,6 +92,7 @@ class ChunkedPrefill:
         self.into, self.out, self.jump = powers.flip(2), (c[..., None] * powers).mT, torch.exp(log * chunk)
 
     def __call__(self, x):
+        check(x.shape[1] % self.chunk == 0, "x.shape", tuple(x.shape), f"(D, T) with T a multiple of chunk={self.chunk}")
         X = x.unflatten(1, (-1, self.chunk)).mT.contiguous()  # (D, Q, chunks)
         added = torch.complex(self.into.real @ X, self.into.imag @ X)  # what each chunk adds to the state
         states, state = [], torch.zeros_like(self.jump)

@@ -339,8 +339,17 @@ def test_every_decoder_equals_the_convolution():
              (BlockedConvolution(kernel, 48), kernel), (StateSpaceDecoder(space), space(131)), (StateSpaceDecoder(native), native(131))]
     with torch.no_grad():
         for decoder, k in cases:
-            y = torch.stack([decoder.step(row).clone() for row in x])
+            y = torch.stack([decoder.step(row) for row in x])  # no two outputs share memory
             assert torch.allclose(y, causal_conv(x[None], k)[0], atol=1e-4), type(decoder).__name__
+
+
+def test_lengths_that_do_not_fit_are_one_clear_line():
+    kernel = planted(48, 3)
+    for block in (0, 49):
+        with pytest.raises(ValueError, match=f"block={block} is not allowed; allowed: 1 to 48"):
+            BlockedConvolution(kernel, block)
+    with pytest.raises(ValueError, match="multiple of chunk=32"):
+        ChunkedPrefill(distill(kernel, "hankel", rank=4), 32)(normal(3, 100))
 
 
 @pytest.mark.parametrize("chunk", [4, 16, 96])
