@@ -467,10 +467,40 @@ def test_a_seed_repeats(tmp_path):
 
 
 def test_keeping_freed_memory_needs_no_particular_system(monkeypatch):
-    run_module.keep_freed_memory()
+    timing_module.keep_freed_memory()
     assert torch.zeros(2**24).sum() == 0  # large tensors still come and go
-    monkeypatch.setattr(run_module.ctypes, "CDLL", lambda name: object())  # a system without glibc
-    run_module.keep_freed_memory()
+    monkeypatch.setattr(timing_module.ctypes, "CDLL", lambda name: object())  # a system without glibc
+    timing_module.keep_freed_memory()
+    with timing_module.large_tensors_apart():
+        pass
+
+
+MANY_LARGE = """
+import resource, torch
+from effarch.bench.timing import keep_freed_memory, peak_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+
+def many(n):
+    kept = []
+    for _ in range(n):
+        large = torch.zeros(2**20)
+        kept += [large[:9] + 1 for _ in range(20)]
+    return kept
+
+peak, _ = peak_memory(lambda: many(3), torch.device("cpu"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert peak < 10, peak
+peak_memory(lambda: many(300), torch.device("cpu"))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_measuring_the_memory_of_many_steps_does_not_use_it_up():
+    """300 steps that free 4 MiB each: what the profiler notes down must not keep their places."""
+    done = subprocess.run([sys.executable, "-c", MANY_LARGE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 300, "MiB, of the 1200 that were in use one after another"
 
 
 def test_progress_lines_name_the_step(run, capsys):

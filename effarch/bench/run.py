@@ -1,6 +1,5 @@
 """One execution of a notebook: mode, device, sizes, folders, and the provenance of every row."""
 
-import ctypes
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ import torch  # noqa: E402
 
 from effarch.bench.figures import STYLE  # noqa: E402
 from effarch.bench.settings import MODES, number  # noqa: E402
+from effarch.bench.timing import keep_freed_memory  # noqa: E402
 from effarch.checks import check, is_count  # noqa: E402
 
 SECONDS = number(0, above=True, quick=4.0, full=8.0, cuda=3.0, smoke=1.0)  # of one comparison; smoke ignores it
@@ -176,19 +176,6 @@ def package_version(name):
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def keep_freed_memory():
-    """Let a Linux process keep the memory it frees, as PyTorch's allocator does on a GPU.
-
-    Else every large tensor is new memory that the system clears page by page, and a benchmark of large layers
-    measures that instead of the layers."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc: leave it as it is
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own for large tensors
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def git_state():
