@@ -500,7 +500,7 @@ def test_measuring_the_memory_of_many_steps_does_not_use_it_up():
     """300 steps that free 4 MiB each: what the profiler notes down must not keep their places."""
     done = subprocess.run([sys.executable, "-c", MANY_LARGE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 300, "MiB, of the 1200 that were in use one after another"
+    assert int(done.stdout) < 600, "MiB, of the 1200 that were in use one after another"
 
 
 def test_progress_lines_name_the_step(run, capsys):
