@@ -25,17 +25,18 @@ def averaging_task(batch, steps, taus, generator):
 
 
 @cache
-def _digits():
+def digits():
+    """scikit-learn's digits, read once: images (1797, 64) float64 from 0 to 16, labels (1797,). Not to be written to."""
     from sklearn.datasets import load_digits
 
-    return [torch.tensor(part) for part in load_digits(return_X_y=True)]
+    return tuple(torch.tensor(part) for part in load_digits(return_X_y=True))
 
 
 def digit_sequences(generator):
     """scikit-learn's 8 × 8 digits, read pixel by pixel: ((x, labels) to train on, (x, labels) of a quarter to test on).
 
     x: (N, 64, 1), from 0 to 1; labels: (N,). generator: decides which quarter."""
-    images, labels = _digits()
+    images, labels = digits()
     order = torch.randperm(len(labels), generator=generator)
     x, y = images.float()[order, :, None] / 16, labels[order]
     return (x[len(x) // 4 :], y[len(x) // 4 :]), (x[: len(x) // 4], y[: len(x) // 4])

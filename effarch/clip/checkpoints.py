@@ -60,9 +60,13 @@ def safe_slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def check_hub_id(model_id):
-    """Refuse what is neither a folder here nor a hub id, a misspelt folder say: smoke runs ask no hub."""
-    check(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_id), "MODEL_ID", model_id, "a folder that exists, or a hub id: owner/name")
+def is_local(model_id):
+    """Whether MODEL_ID means a folder here (else a hub id); ValueError for neither, a misspelt folder say: smoke runs ask no hub."""
+    check(isinstance(model_id, str) and model_id.strip(), "MODEL_ID", model_id, "a folder or a hub id")
+    local = Path(model_id).expanduser().is_dir() or model_id[0] in "/.~"
+    check(local or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_id), "MODEL_ID", model_id,
+          "a folder that exists, or a hub id: owner/name")
+    return local
 
 
 def locate_checkpoint(model_id, smoke=False):
@@ -70,14 +74,12 @@ def locate_checkpoint(model_id, smoke=False):
 
     A smoke run downloads nothing. ValueError for a folder without config.json and safetensors weights, and
     for a hub id other than the default that cannot be had."""
-    check(isinstance(model_id, str) and model_id.strip(), "MODEL_ID", model_id, "a folder or a hub id")
-    folder = Path(model_id).expanduser()
-    if folder.is_dir() or model_id[0] in "/.~":
+    if is_local(model_id):
+        folder = Path(model_id).expanduser()
         good = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
         check(good, "MODEL_ID", model_id, "a folder with config.json and *.safetensors, or a hub id")
         digest = folder_hash(folder)
         return Location(str(folder), f"{safe_slug(folder.resolve().name) or 'checkpoint'}-{digest[:6]}", digest=digest)
-    check_hub_id(model_id)
     slug, why = safe_slug(model_id), "a smoke run downloads nothing"
     if not smoke:
         from huggingface_hub import snapshot_download
@@ -123,6 +125,12 @@ def random_clip(smoke=False):
     return transformers.CLIPModel(config), processor
 
 
+def unusable(location, error):
+    """The ValueError, one line, for a checkpoint that transformers cannot load."""
+    reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
+    return ValueError(f"MODEL_ID: the checkpoint {location.folder} cannot be loaded ({reason})")
+
+
 def load_checkpoint(location, device, smoke=False):
     """The Checkpoint at a Location, in float32 on the device; ValueError where its files cannot be used."""
     if location.folder is None:
@@ -137,8 +145,7 @@ def load_checkpoint(location, device, smoke=False):
         processor = transformers.AutoImageProcessor.from_pretrained(**files)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**files)
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
-        raise ValueError(f"MODEL_ID: the checkpoint {location.folder} cannot be loaded ({reason})") from None
+        raise unusable(location, error) from None
     missing = list(report["missing_keys"])
     check(not missing, "MODEL_ID", location.folder, f"complete weights; {len(missing)} missing, e.g. {missing[:2]}")
     check(hasattr(model, "get_text_features"), "MODEL_ID", type(model).__name__, "a CLIP or SigLIP model")

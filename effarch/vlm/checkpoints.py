@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from effarch.checks import check
-from effarch.clip.checkpoints import Location, check_hub_id, locate_checkpoint
+from effarch.clip.checkpoints import Location, is_local, locate_checkpoint, unusable
 from effarch.vlm.inputs import noise_prompt
 from effarch.vlm.shapes import random_model
 
@@ -20,12 +20,8 @@ def locate_model(model_id, size, cuda, smoke=False):
 
     The default is not fetched where there is no GPU: 7 GB, and minutes a question. ValueError for a folder that holds no
     checkpoint, and for another hub id that cannot be had."""
-    check(isinstance(model_id, str) and model_id.strip(), "MODEL_ID", model_id, "a folder or a hub id")
     stand_in, default = f"random-qwen2.5-vl-{size}", model_id == DEFAULT_MODEL
-    local = Path(model_id).expanduser().is_dir() or model_id[0] in "/.~"
-    if not local:
-        check_hub_id(model_id)
-    if not local and (smoke or default and not cuda):
+    if not is_local(model_id) and (smoke or default and not cuda):
         return Location(None, stand_in, "a smoke run downloads nothing" if smoke else "no GPU for the default model")
     try:
         return locate_checkpoint(model_id, smoke)
@@ -78,8 +74,7 @@ def load_study(location, size, device, dtype, seed=0):
         model = transformers.AutoModelForImageTextToText.from_pretrained(**files, dtype=dtype, use_safetensors=True)
         processor = transformers.AutoProcessor.from_pretrained(**files)
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
-        raise ValueError(f"MODEL_ID: the checkpoint {location.folder} cannot be loaded ({reason})") from None
+        raise unusable(location, error) from None
     kinds = ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration")
     check(type(model).__name__ in kinds, "MODEL_ID", type(model).__name__, "a Qwen2.5-VL or Qwen2-VL model")
     return Study(model.eval().requires_grad_(False).to(device), processor, location.slug, "", seed)

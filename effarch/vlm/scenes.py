@@ -58,11 +58,11 @@ class Scenes:
 
 def draw_scenes(n, generator, test=False):
     """n random Scenes of scikit-learn's digits; test: of the 397 digits that training never sees."""
-    from sklearn.datasets import load_digits
+    from effarch.bench.training import digits
 
-    data = load_digits()
     part = slice(1400, None) if test else slice(0, 1400)
-    images, labels = torch.tensor(data.images[part] / 8, dtype=torch.float32), torch.tensor(data.target[part])
+    images, labels = (values[part] for values in digits())
+    images = (images / 8).float().view(-1, DIGIT, DIGIT)
     of_class = [(labels == digit).nonzero().flatten() for digit in range(10)]
     least = min(map(len, of_class))
     table = torch.stack([index[:least] for index in of_class])
