@@ -28,7 +28,7 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
 
     On exit, also after an exception, the model is exactly what it was. Raises TypeError for an unsupported model and
     for a reducer that is none, ValueError for an unknown name, a budget that cannot be reached, and for what is not
-    available inside: attention maps, hidden states, dropout in attention, hooks on whole layers."""
+    available inside: attention maps, hidden states, dropout in attention."""
     tower = make_tower(model)
     if patch_tokens is None:
         patch_tokens = not POOLED & {base.__name__ for base in type(model).__mro__}
@@ -37,17 +37,10 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attention_probs_dropout_prob", 0.0)
     check(not (tower.module.training and dropout), "attention dropout", dropout, "0 in training; or call model.eval()")
 
-    # what the library's forward calls and this one does not: whole layers and their attention
-    skipped = {name: part for name, part in tower.module.named_modules()
-               if name and next(part.children(), None) is not None and not name.endswith("mlp")}
-
     def forward(pixel_values=None, interpolate_pos_encoding=False, return_dict=None, **rest):
         for name in ("output_attentions", "output_hidden_states", "bool_masked_pos"):
             wanted = rest.get(name, getattr(config, name, None))
             check(wanted is None or wanted is False, name, wanted, "None or False inside token_reduction")
-        hooked = [name for name, part in skipped.items() if part._forward_hooks or part._forward_pre_hooks]
-        check(not hooked, "forward hooks", hooked[:3], "hooks on the model or on single linear layers inside token_reduction, which "
-              "runs the layers' parts one by one")
         pixel_values = pixel_values.to(tower.patch.weight.dtype)
         tokens = run_encoder(tower, pixel_values, reducer, patch_tokens, interpolate=bool(interpolate_pos_encoding))
         last = tower.finish(tokens.x)

@@ -5,6 +5,7 @@ unit of 2 × 2 patches. Three questions of one token each: how many digits, in w
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -56,12 +57,17 @@ class Scenes:
     unit: torch.Tensor
 
 
+@cache
+def _digits():  # read once: scenes are drawn at every training step
+    from sklearn.datasets import load_digits
+
+    return tuple(torch.tensor(part) for part in load_digits(return_X_y=True))
+
+
 def draw_scenes(n, generator, test=False):
     """n random Scenes of scikit-learn's digits; test: of the 397 digits that training never sees."""
-    from effarch.bench.training import digits
-
     part = slice(1400, None) if test else slice(0, 1400)
-    images, labels = (values[part] for values in digits())
+    images, labels = (values[part] for values in _digits())
     images = (images / 8).float().view(-1, DIGIT, DIGIT)
     of_class = [(labels == digit).nonzero().flatten() for digit in range(10)]
     least = min(map(len, of_class))
