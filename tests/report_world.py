@@ -113,7 +113,8 @@ def write_project_tables(root):
     stock = [dict(experiment="original", variant=f"{name} (stock conv)", batch=8, seq_len=64, ms=ms) | {"pass": "forward"}
              for name, ms in (("Baseline", 30), ("MRSS r=1", 63), ("MRSS r=2", 51), ("MRSS r=4", 45))]
     stock += [row | dict(variant=row["variant"].removesuffix(" (stock conv)"), ms=row["ms"] / 2) for row in stock]
-    designs = [dict(experiment="designs", variant=name, batch=batch, seq_len=64, ms=ms * batch * times) | {"pass": kind}
+    designs = [dict(experiment=experiment, variant=name, batch=batch, seq_len=64, ms=ms * batch * times) | {"pass": kind}
+               for experiment in ("designs", "designs in half precision")
                for name, ms in (("Baseline", 24), ("SplitMRSS r=8 α=0.875", 8), ("SplitMRSS r=8 α=0.75", 9),
                                 ("SplitMRSS r=16 α=0.875", 7))
                for kind, times in two for batch in (1, 8)]
@@ -127,7 +128,8 @@ def write_project_tables(root):
     timed(place, "scan_speed", base, [{"pass": "forward", "length": t, "variant": name, "ms": unit * t * (t / 256)**(name[0] == "a")}
                                       for name, unit in variants.items() for t in (128, 256, 512, 1024)])
     timed(place, "scan_layers", base, [dict(length=t, variant=name, ms=ms) for t in (256, 512, 1024)
-                                       for name, ms in (("attention", (t / 128) ** 2), ("Mamba-2 transformers", 80), ("Mamba-2 (ours)", 8))])
+                                       for name, ms in (("attention", 3 * (t / 128) ** 2), ("attention, bfloat16", (t / 128) ** 2),
+                                                        ("Mamba-2 transformers", 80), ("Mamba-2 (ours)", 8), ("Mamba-2 (ours), bfloat16", 9))])
     timed(place, "scan_decode", base, [dict(context=t, variant=name, ms=ms) for t in (256, 1024)
                                        for name, ms in (("attention", t / 64), ("Mamba-2", 2), ("Mamba", 3))])
     answers = [dict(task="copying", variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.1 * (seed - 1) * (name[0] == "h")),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from effarch.bench import redrawn, start
-from effarch.bench.recall import RECALL, error_ratio, learn_all, learn_recall, recall_counts
+from effarch.bench import half_type, redrawn, start
+from effarch.bench.recall import RECALL, choose_rates, error_ratio, learn_all, learn_recall, recall_counts
 from effarch.bench.sequences import Agreement, Case, attention_flops, crossing, measured, time_cases
 from effarch.bench.tables import Table
 
@@ -101,6 +101,30 @@ def test_all_models_train_once_and_errors_are_paired_by_seed(run):
     assert ratio == (1, 1, 1)  # the same start and data
 
 
+def test_the_learning_rate_that_learns_most_is_chosen_on_a_seed_that_no_result_uses(run):
+    rates, table = [1e-6, 0.1], Table(run, "rates", key=["task", "variant", "rate"])
+    models = dict(one=lambda task: Lookup(RECALL[task][1]))
+    best = choose_rates(run, table, models, ["copying"], rates, 40)
+    assert best == {("copying", "one"): 0.1} and {row["rate"] for row in table.rows} == set(rates)
+    results = Table(run, "trainings", key=["task", "variant", "seed_of_model"])
+    learn_all(run, results, models, ["copying"], 2, 3, rates=best)
+    assert {row["rate"] for row in results.rows} == {0.1}
+    assert not {row["seed_of_model"] for row in table.rows} & {row["seed_of_model"] for row in results.rows}
+    other = Table(run, "one rate", key=["task", "variant", "rate"])
+    assert choose_rates(run, other, models, ["copying"], [0.5], 40) == {("copying", "one"): 0.5} and not other.rows
+
+
+def test_a_rate_that_diverges_is_never_chosen(run):
+    def broken(task):
+        model = Lookup(RECALL[task][1])
+        model.table.weight.data[3, 3] = math.nan
+        return model
+
+    table = Table(run, "rates", key=["task", "variant", "rate"])
+    assert choose_rates(run, table, dict(one=broken), ["copying"], [0.1, 0.2], 2) == {("copying", "one"): 0.1}
+    assert {row["status"] for row in table.rows} == {"nan"}
+
+
 def test_a_case_gives_the_first_result_and_gradients_to_all():
     case = Case(lambda x, w: (x * w, "state"), torch.tensor([2.0, 3.0]))
     y = case(torch.ones(2))
@@ -123,6 +147,22 @@ def test_timed_cases_note_memory_flops_and_a_limit(run):
     assert forward["mix"]["peak_mem_mib"] > 0
     rows, rounds = measured(table)
     assert set(rows["variant"]) == {"mix", "attention"} and rounds == "2 to 2 rounds"
+
+
+def test_timed_cases_of_two_precisions_have_the_limits_of_their_own(run):
+    table, limits = Table(run, "times", key=["pass", "variant"]), {torch.float32: LIMITS, torch.bfloat16: {k: 2 * v for k, v in LIMITS.items()}}
+    x, layer = torch.ones(1, 8, 4), nn.Linear(4, 4, bias=False)
+    cases = {"single": (x, Case(layer)), "half": (x.bfloat16(), Case(nn.Linear(4, 4, bias=False).bfloat16()))}
+    rows = time_cases(table, cases, "forward", limits, {"single": 10**6, "half": 10**6})
+    assert [rows[name]["dtype"] for name in cases] == ["float32", "bfloat16"]
+    assert rows["single"]["limit_ms"] == pytest.approx(2 * rows["half"]["limit_ms"]) == pytest.approx(1.0)
+
+
+def test_half_precision_by_what_the_device_computes(monkeypatch):
+    assert half_type(torch.device("cpu")) == torch.bfloat16
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        assert half_type(torch.device("cuda")) == dtype
 
 
 def test_a_table_where_all_failed_can_be_drawn(run):

@@ -61,11 +61,12 @@ def recall_counts(model, task, samples=512, seed=10**6):
     return wrong, int(asked.sum())
 
 
-def learn_recall(model, task, steps, seed, extra_loss=None, batch=64, rate=3e-3, target=0.995):
+def learn_recall(model, task, steps, seed, extra_loss=None, batch=64, rate=3e-3, target=0.995, test_seed=10**6):
     """Train a model until `steps`, or until `target` of the asked tokens are right; returns columns of its row.
 
     Fresh data at every step, the same for every model of a seed. AdamW with a warm-up and a linear decay, gradients cut to
-    norm 1. extra_loss(model) is added to the loss. `steps` says when it stopped; a diverged model has status 'nan'."""
+    norm 1. extra_loss(model) is added to the loss. `steps` says when it stopped; a diverged model has status 'nan'. It is
+    tested on the samples of test_seed."""
     check(task in RECALL, "task", task, ", ".join(RECALL))
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     warm = min(50, max(1, steps // 5))
@@ -84,23 +85,47 @@ def learn_recall(model, task, steps, seed, extra_loss=None, batch=64, rate=3e-3,
             wrong, asked = recall_counts(model, task, 256, seed=7)
             if wrong <= (1 - target) * asked:
                 break
-    wrong, asked = recall_counts(model, task)
+    wrong, asked = recall_counts(model, task, seed=test_seed)
     return dict(accuracy=1 - wrong / asked, wrong=wrong, n_test=asked, steps=step, train_s=time.perf_counter() - begin,
                 params=sum(p.numel() for p in model.parameters()), status="ok" if wrong == wrong else "nan")
 
 
-def learn_all(run, table, models, tasks, seeds, steps, describe=None, **options):
+def choose_rates(run, table, models, tasks, rates, steps, **options):
+    """{(task, variant): learning rate}: of `rates`, the one with the fewest wrong answers, or the fewest steps to the target.
+
+    Trained once for each rate, on a seed that no result uses, and judged on samples that no result uses; a row of each in
+    `table`, whose key is task, variant, rate. With one rate nothing is trained. Other arguments as in `learn_all`."""
+    best = {}
+    for task, variant in ((t, v) for t in tasks for v in models):
+        for rate in rates if len(rates) > 1 else ():
+            key = dict(task=task, variant=variant, rate=rate)
+            if not table.has(**key):
+                seed = run.seed + 10**4
+                torch.manual_seed(seed)
+                model = models[variant](task).to(run.device)
+                row = learn_recall(model, task, steps, seed, rate=rate, test_seed=8, **options)
+                table.add(key | dict(most_steps=steps, seed_of_model=seed) | row)
+                run.log(f"learning rate {rate:g} for {variant} on {task}: {row['accuracy']:.1%} right after {row['steps']} steps")
+        found = [row for row in table.find(task=task, variant=variant) if row["status"] == "ok"]
+        best[task, variant] = min(found, key=lambda row: (row["wrong"], row["steps"]))["rate"] if found else rates[0]
+    table.save()
+    return best
+
+
+def learn_all(run, table, models, tasks, seeds, steps, describe=None, rates=None, **options):
     """Train every model on every task with every seed and add a row of each to `table`, unless it is there; returns the models.
 
     models: {variant: function of the task's name that builds the model}; table: its key is task, variant, seed_of_model;
-    seeds: how many, from the run's on; describe(model): further columns; options of `learn_recall`. → {key: trained model}."""
+    seeds: how many, from the run's on; describe(model): further columns; rates: {(task, variant): learning rate}, see
+    `choose_rates`; options of `learn_recall`. → {key: trained model}."""
     trained = {}
     for task, variant, i in run.steps([(t, v, i) for t in tasks for v in models for i in range(seeds)], "training"):
         key = dict(task=task, variant=variant, seed_of_model=run.seed + i)
         if not table.has(**key):
             torch.manual_seed(run.seed + i)
             model = trained[tuple(key.values())] = models[variant](task).to(run.device)
-            row = learn_recall(model, task, steps, run.seed + i, **options)
+            rate = dict(rate=rates[task, variant]) if rates else {}
+            row = learn_recall(model, task, steps, run.seed + i, **rate, **options) | rate
             table.add(key | dict(most_steps=steps) | row | (describe(model) if describe else {}))
             run.log(f"{row['accuracy']:.1%} right after {row['steps']} steps")
     return trained

@@ -42,19 +42,19 @@ class Case(nn.Module):
 def time_cases(table, cases, kind, limits, known=None, **columns):
     """Compare {name: (x, module)}, one row each; notes its memory and, going forward, FLOPs and the least possible time.
 
-    kind: 'forward' or 'forward+backward', the column `pass`; limits: of the device (see `ceilings`); known: {name: FLOPs}
-    of what the counter does not see; columns: as in `Table.compare`."""
+    kind: 'forward' or 'forward+backward', the column `pass`; limits: of the device (see `ceilings`), or {dtype: those} for
+    inputs x of several; known: {name: FLOPs} of what the counter does not see; columns: as in `Table.compare`."""
     calls = {name: one_pass(module, x, kind) for name, (x, module) in cases.items()}
 
     def describe(name):
         x, module = cases[name]
         given = [x, *module.parameters()]
         peak, source = peak_memory(calls[name], table.run.device, given)
-        row = dict(peak_mem_mib=peak, mem_source=source)
+        row = dict(peak_mem_mib=peak, mem_source=source, dtype=str(x.dtype).removeprefix("torch."))
         if kind == "forward":
             flops = (known or {}).get(name) or count_flops(calls[name])
             nbytes = tensor_bytes(given) + x.numel() * x.element_size()  # read all, write an output as large as x
-            row |= dict(flops=flops, bytes_min=nbytes, limit_ms=limit_ms(flops, nbytes, limits))
+            row |= dict(flops=flops, bytes_min=nbytes, limit_ms=limit_ms(flops, nbytes, limits.get(x.dtype, limits)))
         return row
 
     return table.compare(calls, describe=describe, **columns, **{"pass": kind})

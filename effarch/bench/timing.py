@@ -244,6 +244,12 @@ def ceilings(device, dtype=torch.float32, rounds=5):
                 copy_bytes_per_s=2 * tensor_bytes([source]) / fastest["copy"])
 
 
+def half_type(device):
+    """The half precision to use on a device: bfloat16, but float16 on a GPU below compute capability 8.0 (such as a T4)."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
 def limit_ms(flops, nbytes, limits):
     """The least time this device could need: the larger of compute and memory traffic, in ms."""
     return 1e3 * max(flops / limits["matmul_flops_per_s"], nbytes / limits["copy_bytes_per_s"])

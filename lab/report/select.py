@@ -322,7 +322,7 @@ class Start:
 
     def measure(self, place):
         table = place.table(self.table)
-        sides = [rows(table, self.where | side) for side in (self.a, self.b)]
+        sides = [rows(table, self.where | {k: v for k, v in side.items() if not is_extreme(v)}) for side in (self.a, self.b)]
         faster = {}
         for value in sorted(set(sides[0][self.along]) & set(sides[1][self.along])):
             times = Times(self.table, self.a, self.b, self.where | {self.along: value}).measure(place)
