@@ -135,6 +135,10 @@ def write_project_tables(root):
     answers = [dict(task="copying", variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.1 * (seed - 1) * (name[0] == "h")),
                     status="ok") | base for seed in (0, 1, 2) for name, wrong in (("full rate", 0.1), ("half at 1/4", 0.2))]
     write_csv(place / "scan_quality.csv", pd.DataFrame(answers))
+    answers = [dict(task="copying", variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.1 * (seed - 1) * (name[0] == "l")),
+                    status="ok") | base for seed in (0, 1, 2)
+               for name, wrong in (("learned router", 0.3), ("every 4th token", 0.1), ("all tokens", 0.05))]
+    write_csv(place / "scan_router.csv", pd.DataFrame(answers))
     timed(place, "scan_multirate", base, [{"pass": "forward", "length": t, "variant": name, "ms": ms}
                                           for t in (64, 128) for name, ms in (("full rate", 9), ("half at 1/4", 6))])
     forms = [("explicit", 0, 1, 200.0), ("explicit, bmm", 0, 1, 100.0), ("blocked", 64, 64, 640.0), ("blocked", 8, 8, 640.0),

@@ -167,6 +167,12 @@ def decode_speed(context=max):
     return Times("scan_decode", ATTENTION, dict(variant="Mamba-2"), dict(context=context))
 
 
+def routed(other):
+    """Errors of the learned router over those of another choice of tokens, on the copying task."""
+    return Errors("scan_router", dict(variant="learned router"), dict(variant=other), dict(task="copying"), "accuracy",
+                  "seed_of_model", accuracy=True)
+
+
 def decoding(other):
     """Time a token of another form over that of the state space that S4D is, at the longest kernel."""
     return Times("kernel_distillation_latency", other, dict(method="hankel", rank=8),
@@ -259,6 +265,12 @@ FINDINGS = [
         more="At {speed_length} tokens it is {speed} as fast.",
         beside=dict(speed=Times("scan_multirate", dict(variant="full rate"), dict(variant="half at 1/4"),
                                 {"pass": "forward", "length": max}))),
+    Finding(
+        "router", MULTI, "Does a learned router beat a fixed stride?", routed("every 4th token"),
+        "A router that chooses which tokens enter the second layer, causally, makes {value} the errors of taking every fourth token, "
+        "when it copies.",
+        below="Yes: {short} the errors.", above="No: {short} the errors.", more="With all tokens in the second layer: {whole}.",
+        beside=dict(whole=routed("all tokens"))),
     Finding(
         "distil_decode", DISTIL, "Is a state space the faster form of a long convolution?", decoding(dict(method="blocked", us_per_token=min)),
         "A kernel that is a state space of {rank} modes, as S4D trains it, decodes {value} as fast as the exact convolution of "
