@@ -52,6 +52,11 @@ def fft_conv(x, weight):
     return torch.fft.irfft(spectrum, size, dim=1)[:, : x.shape[1]].to(x.dtype)
 
 
+def device_kind(x):
+    """The kind of device that autocast knows: of a tensor without values, a CPU."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def image_conv(x, weight):
     """Correlate (B, T, C) with (C, K) without padding, as an image of height 1 whose channels lie last."""
     image = x.transpose(1, 2)[:, :, None]
@@ -64,13 +69,13 @@ class ChannelsLastConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device_kind(x), enabled=False):
             return image_conv(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device_kind(x), enabled=False):
             later = F.pad(grad, (0, 0, 0, weight.shape[1] - 1))
             return image_conv(later, weight.flip(1)), kernel_gradient(x, grad, weight.shape[1])
 
@@ -94,7 +99,7 @@ def channels_last_conv(x, weight):
 
     Half precision on a CPU is computed in float32: faster, and on processors with matrix units (AMX) the half-precision
     kernel for this layout has been seen not to return."""
-    kind, dtype = x.device.type, x.dtype
+    kind, dtype = device_kind(x), x.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     inner = torch.float32 if kind == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype

@@ -20,10 +20,14 @@ from effarch.token_reduction.encoder import (
     trace_encoder,
 )
 from effarch.token_reduction.merging import (
+    DIFFRATE,
     MERGING_TWELFTHS,
+    DiffRateMerging,
+    EnergyMerging,
     MergeSimilar,
     ProtectedMerging,
     checkerboard,
+    diffrate,
     hump,
     match_alternating,
     merge,
@@ -57,6 +61,65 @@ def at_half(model, factory, **options):
     """The reducer of a factory at half of the dense multiply-adds, with the factory's own last layer."""
     make = strength_at(partial(factory, **options), factory.kind, 64, None)
     return fit_budget(make, 0.5 * encoder_macs(model), lambda reducer: encoder_macs(model, reducer))
+
+
+# PiToMe and DiffRate's schedule
+
+
+def pitome_layer(x, sizes, keys, r, margin):
+    """One image's step as PiToMe's paper describes it, with lists: x (N, D), sizes (N,), keys (N, C); CLS first.
+
+    The energy of a patch is the mean of ELU(cosine - margin) over all patches; the 2r of the highest energy alternate
+    between A and B; each of A joins its most similar of B, weighted by size. → {group as a set: merged token}."""
+    n = len(x)
+    cosine = [[float(torch.nn.functional.cosine_similarity(keys[i], keys[j], dim=0)) for j in range(n)] for i in range(n)]
+    elu = lambda v: v if v > 0 else np.exp(v) - 1
+    energy = {i: np.mean([elu(cosine[i][j] - margin) for j in range(1, n)]) for i in range(1, n)}
+    ranked = sorted(energy, key=lambda i: -energy[i])
+    a, b = ranked[: 2 * r : 2], ranked[1 : 2 * r : 2]
+    groups = {j: [j] for j in range(n) if j not in a}
+    for i in a:
+        groups[max(b, key=lambda j: cosine[i][j])].append(i)
+    merged = {frozenset(g): sum(sizes[i] * x[i] for i in g) / sum(sizes[i] for i in g) for g in groups.values()}
+    return merged, groups[0] == [0]
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.7, 0.5])
+def test_pitome_is_the_published_method_group_for_group(clip, pixels, keep):
+    tower = make_tower(clip)
+    torch.manual_seed(2)
+    tokens = Tokens(torch.randn(1, 30, 32), pixels[:1], 1, len(tower.blocks), layer=1, sizes=torch.randint(1, 4, (1, 30)).float(),
+                    k=torch.randn(1, 4, 30, 8), owner=torch.arange(30)[None])
+    x, sizes, keys = tokens.x[0], tokens.sizes[0], tokens.k[0].mean(0)
+    r = int(29 * (1 - keep) + 1e-9)
+    expected, alone = pitome_layer(x, sizes, keys, r, 0.9 * (1 - 1 / len(tower.blocks)))
+    EnergyMerging(keep).after_attention(tokens)
+    assert alone and tokens.x.shape[1] == len(expected) == 30 - r
+    for place in range(30 - r):
+        group = frozenset((tokens.owner[0] == place).nonzero()[:, 0].tolist())
+        torch.testing.assert_close(tokens.x[0, place], expected[group], rtol=1e-5, atol=1e-5)
+        assert tokens.sizes[0, place] == sizes[list(group)].sum()
+    assert tokens.owner[0, 0] == 0
+
+
+@pytest.mark.parametrize("depth", [1, 3, 12, 24])
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
+def test_diffrate_has_the_mean_that_is_asked_for_and_falls_as_published(keep, depth):
+    left = diffrate(keep, depth)
+    assert len(left) == depth and all(a >= b for a, b in zip(left, left[1:], strict=False))
+    if depth > 1:
+        assert sum(left) / depth == pytest.approx(keep, abs=1e-6)
+    if depth == 12:  # a power of the published shares: their logarithms stay in proportion
+        logs, published = np.log(left), np.log(np.array(DIFFRATE) / 197)
+        np.testing.assert_allclose(logs[1:] / published[1:], logs[1] / published[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [EnergyMerging, DiffRateMerging])
+def test_the_other_mergers_do_nothing_at_keep_one_and_lose_no_patch(model, pixels, factory):
+    close(encode_images(model, pixels, factory(1.0)), encode_images(model, pixels))
+    traced = trace_encoder(model, factory(0.7), pixels)
+    assert (traced.owner >= 0).all()
+    torch.testing.assert_close(traced.sizes.sum(1), torch.full((3,), float(traced.owner.shape[1])))
 
 
 # ToMe

@@ -4,7 +4,7 @@
         features = model.get_image_features(pixel_values=pixels)
 
 encoder    the encoder loop, what a reducer is, the original pruning (vlm/clip_pruning.ipynb)
-merging    ToMe and our recipe (vlm/token_merging.ipynb)
+merging    ToMe, PiToMe and our recipe (vlm/token_merging.ipynb)
 selection  the methods that select tokens, REDUCERS, budgets (vlm/token_reduction.ipynb)
 plug_in    token_reduction, the context manager"""
 
@@ -13,7 +13,7 @@ from importlib import import_module
 # names are looked up when they are first used, so that a notebook which defines one part loads only the others
 _HOMES = dict(
     encoder=("Reducer", "Tokens", "InputPruning", "encode_images", "trace_encoder", "encoder_macs", "fit_budget"),
-    merging=("MergeSimilar", "ProtectedMerging"),
+    merging=("MergeSimilar", "EnergyMerging", "ProtectedMerging"),
     selection=("REDUCERS", "reducer_for_budget", "reducer_kind"),
     plug_in=("token_reduction",),
 )

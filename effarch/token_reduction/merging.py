@@ -123,6 +123,15 @@ def straight(keep, depth):
     return tuple(max(0.02, 1 - 2 * (1 - keep) * (layer + 1) / (depth + 1)) for layer in range(depth))
 
 
+@lru_cache
+def checkered_order(rows, columns, prefix, device):
+    """(prefix + P,) on the device, made once for it: the prefix, then the patches with every second row's columns swapped pairwise."""
+    with torch.inference_mode(False):
+        places = torch.arange(rows * columns).view(rows, columns // 2, 2)
+        places[1::2] = places[1::2].flip(-1)
+        return torch.cat([torch.arange(prefix), places.flatten() + prefix]).to(device)
+
+
 def checkerboard(tokens):
     """Order the patches so that all four neighbours of a patch stand at places of the other parity.
 
@@ -130,10 +139,7 @@ def checkerboard(tokens):
     rows, columns = tokens.grid or (0, 1)
     if columns % 2 or rows * columns != tokens.x.shape[1] - tokens.prefix:
         return
-    places = torch.arange(rows * columns).view(rows, columns // 2, 2)
-    places[1::2] = places[1::2].flip(-1)
-    order = torch.cat([torch.arange(tokens.prefix), places.flatten() + tokens.prefix])
-    order = order.to(tokens.x.device).expand(len(tokens.x), -1)
+    order = checkered_order(rows, columns, tokens.prefix, tokens.x.device).expand(len(tokens.x), -1)
     track(tokens, order)
     tokens.x = take(tokens.x, order)
 
@@ -181,3 +187,52 @@ class ProtectedMerging(MergeSimilar):
 
     def after_attention(self, tokens):
         super().after_attention(tokens, self.keep_norm)
+
+
+class EnergyMerging(MergeSimilar):
+    """PiToMe (arXiv 2405.16148): every layer merges the tokens of the highest energy, 1 - keep of the patches. keep: share that stays in each."""
+
+    kind = "keep"
+
+    def __init__(self, keep, cls_only_last=False, size_bias=1.0):
+        self.keep, self.cls_only_last, self.size_bias = check_keep(keep), cls_only_last, size_bias
+
+    def after_attention(self, tokens):
+        n, p = tokens.x.shape[1] - tokens.prefix, tokens.prefix
+        if (merges := min(int(n * (1 - self.keep) + 1e-9), n // 2)) <= 0:
+            return
+        unit = F.normalize(self.metric(tokens)[:, p:], dim=-1)
+        similarity, margin = unit @ unit.transpose(1, 2), 0.9 * (1 - tokens.layer / tokens.depth)
+        order = F.elu(similarity - margin).mean(-1).argsort(dim=1, descending=True, stable=True)
+        a, b = order[:, : 2 * merges : 2], order[:, 1 : 2 * merges : 2]
+        tokens.macs += n * n * unit.shape[-1]
+        closest = similarity.gather(1, a[..., None].expand(-1, -1, n)).gather(2, b[:, None].expand(-1, merges, -1)).argmax(-1)
+        kept = torch.cat([b, order[:, 2 * merges :]], 1) + p  # the targets first
+        front = torch.arange(p, device=kept.device).expand(len(kept), -1)
+        merge(tokens, torch.cat([front, kept], 1), a + p, closest + p)
+
+
+DIFFRATE = (197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3)  # of 197 tokens, after each layer of DeiT-B at 8.7 GMAC
+
+
+@lru_cache
+def diffrate(keep, depth):
+    """Share of the tokens left after each layer, `keep` on average, in the shape that DiffRate (arXiv 2305.17997) learned for DeiT-B."""
+    if keep * depth <= 1:  # nothing leaves in the first layer
+        return (keep,) * depth
+    at = [i * (len(DIFFRATE) - 1) / max(depth - 1, 1) for i in range(depth)]
+    learned = [DIFFRATE[int(i)] + (i % 1) * (DIFFRATE[min(int(i) + 1, 11)] - DIFFRATE[int(i)]) for i in at]
+    low, high = 1e-3, 1e3
+    for _ in range(50):  # a power of the shares keeps the shape and moves the mean
+        power = (low * high) ** 0.5
+        left = tuple((count / 197) ** power for count in learned)
+        low, high = (power, high) if sum(left) > keep * depth else (low, power)
+    return left
+
+
+class DiffRateMerging(ProtectedMerging):
+    """ToMe's merging with DiffRate's schedule. keep: mean share of the tokens left over the layers."""
+
+    def __init__(self, keep, cls_only_last=False):
+        super().__init__(keep, diffrate, every_layer=True, checkered=False, hidden=False, protect=False, keep_norm=False,
+                         size_bias=1.0, cls_only_last=cls_only_last)

@@ -1,7 +1,7 @@
 # Written by `python -m lab.build` from vlm/token_reduction.ipynb, where each part is explained: edit it there.
 """Reducers that select tokens by a score, all methods by name, and the strength of each that fits a budget."""
 
-from functools import partial  # noqa: I001
+from functools import lru_cache, partial  # noqa: I001
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,25 @@ from effarch.clip.towers import make_tower
 from effarch.token_reduction.encoder import (
     InputPruning, Reducer, append, check_keep, drop, encoder_macs, fit_budget, importance, kept_count, split_kept,
     strength_at, take)
-from effarch.token_reduction.merging import MergeSimilar, ProtectedMerging, merge
+from effarch.token_reduction.merging import DiffRateMerging, EnergyMerging, MergeSimilar, ProtectedMerging, merge
+
+
+@lru_cache
+def uniform(n, seed, device):
+    """(n,) uniform numbers, the same on every device; drawn on a CPU, and sent to each device once."""
+    with torch.inference_mode(False):
+        return torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@lru_cache
+def dither(rows, columns, device):
+    """(rows · columns,): an ordered dither (Bayer) matrix; the patches of its lowest numbers are evenly spread."""
+    with torch.inference_mode(False):
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        order = torch.zeros_like(x)
+        for bit in range(max(rows, columns).bit_length()):  # interleave the reversed bits of x ^ y and y
+            order = order * 4 + ((x ^ y) >> bit & 1) * 2 + (y >> bit & 1)
+        return order.flatten().float().to(device)
 
 
 class Random(InputPruning):
@@ -22,24 +40,16 @@ class Random(InputPruning):
         super().__init__(keep, rest)
         self.seed = seed
 
-    def draw(self, n):
-        """n uniform numbers, the same for the same seed."""
-        return torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
-
     def scores(self, tokens):
         n = tokens.x.shape[1] - tokens.prefix
-        return self.draw(n).to(tokens.x.device).expand(len(tokens.x), n)
+        return uniform(n, self.seed, tokens.x.device).expand(len(tokens.x), n)
 
 
 class Grid(InputPruning):
-    """Evenly spread patches: the lowest thresholds of an ordered dither (Bayer) matrix. Half is a checkerboard."""
+    """Evenly spread patches, in the order of `dither`. Half is a checkerboard."""
 
     def scores(self, tokens):
-        y, x = torch.meshgrid(*map(torch.arange, tokens.grid), indexing="ij")
-        order = torch.zeros_like(x)
-        for bit in range(max(tokens.grid).bit_length()):  # interleave the reversed bits of x ^ y and y
-            order = order * 4 + ((x ^ y) >> bit & 1) * 2 + (y >> bit & 1)
-        return -order.flatten().float().to(tokens.x.device).expand(len(tokens.x), -1)
+        return -dither(*tokens.grid, tokens.x.device).expand(len(tokens.x), -1)
 
 
 def patch_variance(tokens):
@@ -187,7 +197,7 @@ class ClusterMasking(Random):
         size = tokens.pixels.shape[2] // tokens.grid[0], tokens.pixels.shape[3] // tokens.grid[1]
         patches = F.unfold(tokens.pixels.float(), size, stride=size).transpose(1, 2)
         patches = F.normalize(patches - patches.mean(-1, keepdim=True), dim=-1)
-        chosen = self.draw(n).topk(max(1, round(self.anchors * n))).indices.to(patches.device)
+        chosen = uniform(n, self.seed, patches.device).topk(max(1, round(self.anchors * n))).indices
         tokens.macs += n * len(chosen) * patches.shape[-1]
         return -(patches @ patches[:, chosen].transpose(1, 2)).amax(-1)
 
@@ -226,8 +236,8 @@ class PruMergeLike(Reducer):
         by_attention = scores.topk((count + 1) // 2, dim=1).indices
         chosen = scores.scatter(1, by_attention, 2.0)  # attention is at most 1
         free = (chosen >= 2).int().argsort(dim=1, stable=True)[:, : n - by_attention.shape[1]]  # the others, in raster order
-        even = torch.linspace(0, free.shape[1] - 1, count - by_attention.shape[1]).round().long()
-        kept, rest = split_kept(tokens, chosen.scatter(1, free[:, even.to(free.device)], 2.0), count)
+        even = torch.linspace(0, free.shape[1] - 1, count - by_attention.shape[1], device=free.device).round().long()
+        kept, rest = split_kept(tokens, chosen.scatter(1, free[:, even], 2.0), count)
         metric = F.normalize(tokens.k.mean(1), dim=-1)
         similarity = take(metric, kept[:, p:]) @ take(metric, rest).transpose(1, 2)
         limit = similarity.topk(min(self.near, rest.shape[1]), dim=-1).values[..., -1:]
@@ -252,6 +262,8 @@ REDUCERS = {  # name → factory(strength, **options); strength: keep ratio, or 
     "dynamicvit": RatioSchedule,
     "prumerge": PruMergeLike,
     "tome": MergeSimilar,
+    "pitome": EnergyMerging,
+    "diffrate": DiffRateMerging,
     "ours": ProtectedMerging,
 }
 
