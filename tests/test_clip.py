@@ -437,7 +437,10 @@ def test_patches_and_back_and_what_is_painted():
     assert torch.equal(from_patches(to_patches(image, 16), 3), image.permute(1, 2, 0))
     owner = torch.tensor([0, -1, 1, 2, 3, 4])
     kept = paint_kept(image, owner, 16)
-    assert torch.equal(kept[:16, :16], image.permute(1, 2, 0)[:16, :16]) and kept[:16, 16:32].max() <= 0.15
+    assert torch.equal(kept[:16, :16], image.permute(1, 2, 0)[:16, :16])
+    for plain in (torch.zeros(3, 32, 48), torch.ones(3, 32, 48)):  # stripes show on black and on white
+        hatched = paint_kept(plain, owner, 16)[:16, 16:32]
+        assert hatched.std() > 0.1 and (hatched.mean() - plain.mean()).abs() > 0.2
     painted = paint_groups(image, torch.tensor([0, 0, 1, 2, 3, 4]), 16)
     assert painted[2:14, 2:14].flatten(0, 1).std(0).max() < 1e-6, "a group has one colour"
     assert torch.equal(painted[18:30, 2:14], image.permute(1, 2, 0)[18:30, 2:14]), "a single patch stays as it is"

@@ -30,9 +30,11 @@ def from_patches(parts, columns):
 
 
 def paint_kept(image, owner, patch):
-    """image (3, H, W) in 0…1, owner (P,) with -1 = dropped → (H, W, 3) with the dropped patches darkened."""
-    parts = to_patches(image, patch)
-    parts[owner < 0] *= 0.15
+    """image (3, H, W) in 0…1, owner (P,) with -1 = dropped → (H, W, 3) with the dropped patches hatched, which shows on dark
+    and on bright pictures."""
+    parts, at = to_patches(image, patch), torch.arange(patch)
+    stripes = (at[:, None] + at) // max(1, patch // 4) % 2
+    parts[owner < 0] = 0.25 * parts[owner < 0] + 0.75 * (0.35 + 0.5 * stripes)
     return from_patches(parts, image.shape[2] // patch)
 
 
