@@ -370,3 +370,10 @@ def test_other_dtypes_stay_close(clip, pixels):
     found = encode_images(half, pixels.bfloat16(), reducer)
     assert found.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(found.float(), encode_images(clip, pixels, reducer)).min() > 0.98
+
+
+def test_ours_is_compiled_to_the_same_numbers(clip, pixels):
+    """The whole graph, without breaks; `eager` skips what a compiler would do with it."""
+    reducer = at_half(clip, ProtectedMerging)
+    compiled = torch.compile(lambda x: encode_images(clip, x, reducer), backend="eager", dynamic=False, fullgraph=True)
+    close(compiled(pixels), encode_images(clip, pixels, reducer), 1e-6)

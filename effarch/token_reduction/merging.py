@@ -96,7 +96,6 @@ class MergeSimilar(Reducer):
         merge(tokens, *match_alternating(metric, merges, tokens.prefix, self.weight(tokens)), keep_norm)
 
 
-@lru_cache
 def hump(keep, depth, end=0.32, fall=3.5):
     """Share of the tokens left after each layer, `keep` on average: all after the first layer, end · keep after
     the last, and most of the merging in the middle: (1 - u^rise)^fall, u from 0 to 1; `rise` is solved for."""
@@ -160,6 +159,7 @@ class ProtectedMerging(MergeSimilar):
         self.keep, self.shape, self.every_layer = check_keep(keep), shape, every_layer
         self.checkered, self.hidden, self.protect = checkered, hidden, protect
         self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
+        self.left = {}  # what the shape says for a depth: it is solved for once, not in every layer
 
     def at_input(self, tokens):
         if self.checkered and self.keep < 1:
@@ -167,7 +167,9 @@ class ProtectedMerging(MergeSimilar):
 
     def merges(self, tokens):
         """What the shape asks for, on average over the layers up to the next merge."""
-        left, five = self.shape(self.keep, tokens.depth), {tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS}
+        if tokens.depth not in self.left:
+            self.left[tokens.depth] = self.shape(self.keep, tokens.depth)
+        left, five = self.left[tokens.depth], {tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS}
         at = range(tokens.depth) if self.every_layer else sorted(five)
         if tokens.layer not in at:
             return 0
@@ -215,7 +217,6 @@ class EnergyMerging(MergeSimilar):
 DIFFRATE = (197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3)  # of 197 tokens, after each layer of DeiT-B at 8.7 GMAC
 
 
-@lru_cache
 def diffrate(keep, depth):
     """Share of the tokens left after each layer, `keep` on average, in the shape that DiffRate (arXiv 2305.17997) learned for DeiT-B."""
     if keep * depth <= 1:  # nothing leaves in the first layer
