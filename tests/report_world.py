@@ -98,7 +98,7 @@ def timed(folder, name, base, rows):
         table.append(row | dict(latency_ms_median=ms, latency_ms_p20=0.9 * ms, latency_ms_p80=1.1 * ms, n_runs=9, status="ok") | base)
         key = {k: v for k, v in row.items() if k in ("experiment", "variant", "pass", "batch", "seq_len", "length", "context",
                                                      "phase", "kernel", "method", "rank", "taps", "budget", "shape", "side", "dtype",
-                                                     "attention")}
+                                                     "attention", "form")}
         raw += [dict(key, process=0, i=k, latency_ms=ms * f) for k, f in enumerate(spread(i))]
     write_csv(folder / f"{name}.csv", pd.DataFrame(table))
     write_csv(folder / f"{name}_raw.csv", pd.DataFrame(raw))
@@ -185,6 +185,10 @@ def write_vision_tables(root):
         for side in (224, 800) for m, ms in methods])
     timed(place, "qwen_places", base, [dict(side=side, variant=name, ms=ms * side) for side in (224, 448) for name, ms in (
         ("dense", 12), ("before 0.25", 4), ("inside 0.25", 6), ("after 0.25", 9), ("language 0.25", 10))])
+    timed(place, "hardware_forms", base, [
+        dict(form=f"{precision} · {tokens}", precision=precision, tokens=tokens, compiled=False, batch=batch, ms=ms * batch)
+        for batch in (1, 8) for precision, tokens, ms in (("float32", "all tokens", 12), ("bfloat16", "all tokens", 6), ("int8", "all tokens", 15),
+                                                          ("float32", "merged", 7), ("bfloat16", "merged", 3))])
     fit = dict(shape="random-vit-b-16", batch=1, dtype="float32", attention="sdpa", method="dense", tokens_min=197,
                crossing_tokens=4000.0, crossing_tokens_low=3000.0, crossing_tokens_high=5000.0, status="ok")
     write_csv(place / "token_scaling_fits.csv", pd.DataFrame([fit | base]))

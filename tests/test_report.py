@@ -205,7 +205,7 @@ EXPECTED = dict(
     merging=(0.95, "**Cosine 0.95.** With 49 %"), tokens_free=(0, "**Three tenths of the compute: less than one point lost.**"), tokens_half=(0.94, "keeps 94.0 % (93.5–94.5)"),
     tokens_tome=(0.04, "**Yes: 4.0 points more.**"), photos=(0.1, "**Yes: 10.0 points more than ToMe.** On photographs, with 49 %"), tokens_time=(1.6, "**Yes: 1.6× as fast.**"),
     tokens_input=(-0.15, "**No: 15.0 points fewer"), scaling=(2, "**2.0× as fast.**"), crossing=(4000, "**Beyond 4000 tokens.**"),
-    qwen=(1.5, "**Not behind the vision tower: inside it 1.5× as fast.** With a quarter"))
+    hardware=(2, "**bfloat16: 2.0× as fast.** With all tokens and 8 images at a time"), qwen=(1.5, "**Not behind the vision tower: inside it 1.5× as fast.** With a quarter"))
 
 
 def test_every_finding_of_the_project_selects_exactly_one_number(tables):

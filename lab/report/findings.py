@@ -129,8 +129,8 @@ def collect(places, findings=None):
 
 MRSS, SCAN, LAYERS, MULTI, DISTIL = (f"ssm/{name}" for name in (
     "mrss_proxy_experiment", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels"))
-PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN = (f"vlm/{name}" for name in (
-    "clip_pruning", "token_merging", "token_reduction", "photographs", "token_scaling", "qwen_pruning"))
+PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN, HARDWARE = (f"vlm/{name}" for name in (
+    "clip_pruning", "token_merging", "token_reduction", "photographs", "token_scaling", "qwen_pruning", "hardware"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
 ATTENTION, MAMBA2 = (dict(variant=begins(name), latency_ms_median=min) for name in ("attention", "Mamba-2 (ours)"))  # the faster precision
@@ -208,6 +208,11 @@ def image_speed(side):
     """Time of the whole encoder over ours at half the multiply-adds, one image of one size."""
     return Times("token_scaling", dict(method="dense"), dict(method="ours"),
                  dict(shape=max, side=side, batch=1, dtype="float32", attention="sdpa"))
+
+
+def form_speed(**form):
+    """Time of the encoder in single precision with all tokens over that of another form, at the largest batch."""
+    return Times("hardware_forms", dict(form="float32 · all tokens"), form, dict(batch=max), words=("precision",))
 
 
 def prompt_speed(where):
@@ -346,6 +351,12 @@ FINDINGS = [
         "In a whole encoder of ViT-B/16's shape the quadratic term overtakes the linear ones at {value}; its images have "
         "{tokens_min} as a rule.",
         limit=None, above="Beyond {short}."),
+    Finding(
+        "hardware", HARDWARE, "What should be tried before dropping tokens?", form_speed(tokens="all tokens", latency_ms_median=min),
+        "With all tokens and {batch} images at a time, {precision} is {value} as fast as single precision; merging half of the "
+        "multiply-adds away as well, {both}.",
+        below="Nothing: {short} as fast.", above="{precision}: {short} as fast.", more="Merging alone: {merged}.",
+        beside=dict(both=form_speed(tokens="merged", latency_ms_median=min), merged=form_speed(form="float32 · merged"))),
     Finding(
         "qwen", QWEN, "Where should a Qwen2.5-VL-class model drop vision tokens?",
         Times("qwen_places", dict(variant="after 0.25"), dict(variant="inside 0.25"), dict(side=max)),
