@@ -97,6 +97,9 @@ USES = {
     "multirate": """from effarch.multirate import Baseline, SplitMRSS
 y = SplitMRSS(16, 7, r=4, low_fraction=0.75)(torch.randn(2, 33, 16))
 assert y.shape == Baseline(16, 7)(torch.randn(2, 33, 16)).shape""",
+    "hierarchical": """from effarch.hierarchical import HierarchicalMRSS
+y = HierarchicalMRSS(16, 7, rates=(1, 2, 8), shares=(0.25, 0.25, 0.5))(torch.randn(2, 33, 16))
+assert y.shape == (2, 33, 16)""",
     "scans": """from effarch.scans import ssd
 A, B = -torch.rand(4), torch.randn(1, 32, 1, 8)
 y, state = ssd(torch.randn(1, 32, 4, 8), torch.rand(1, 32, 4), A, B, B)

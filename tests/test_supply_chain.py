@@ -17,7 +17,7 @@ from conftest import ROOT
 from lab import build
 
 LISTS = [ROOT / "requirements.txt", ROOT / "tests/requirements.txt"]
-PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|HPND|MPL|Unlicense|Python Software Foundation)\b", re.I)
+PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|HPND|MPL|Unlicense|CC0|Python Software Foundation)\b", re.I)
 RESTRICTIVE = re.compile(r"\b(A?GPL|LGPL|GNU|NonCommercial|CC-BY-NC|SSPL|Proprietary)\b", re.I)
 
 

@@ -45,11 +45,12 @@ def digit_sequences(generator):
 class Network(nn.Module):
     """Two residual layers of `make(dim)` between a linear input and a linear output: (B, T, 1) → (B, T, outputs).
 
+    inputs: another module in place of the linear input, from whatever it takes to (B, T, dim).
     Mixing matrices (nn.Linear) start by Xavier's rule, filters (any other weight of two dimensions) at N(0, 1/taps)."""
 
-    def __init__(self, make, dim, outputs):
+    def __init__(self, make, dim, outputs, inputs=None):
         super().__init__()
-        self.inputs, self.outputs = nn.Linear(1, dim), nn.Linear(dim, outputs)
+        self.inputs, self.outputs = nn.Linear(1, dim) if inputs is None else inputs, nn.Linear(dim, outputs)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.layers = nn.ModuleList(make(dim) for _ in range(2))
         for module in self.layers.modules():
