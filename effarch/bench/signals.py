@@ -241,5 +241,5 @@ def learn_signal(name, make, embed, seed, steps, rate, length, dim=64, batch=8, 
         for some in torch.arange(n).split(16):
             x, y = put(signal.draw(part, len(some), questions))
             for key, both in signal.errors(network(x), y).items():
-                sums.setdefault(key, []).append(torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in both]).cpu())
+                sums.setdefault(key, []).append(torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in both]))
     return {key: float(total / weight) for key, (total, weight) in ((k, torch.stack(v).sum(0)) for k, v in sums.items())}
