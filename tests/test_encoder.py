@@ -179,7 +179,7 @@ def test_other_image_sizes_also_oblong_and_no_multiple_of_the_patch(model, shape
 
 def test_an_unsupported_model_is_named():
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-    with pytest.raises(TypeError, match="BertModel is not supported.*CLIP, SigLIP and ViT"):
+    with pytest.raises(TypeError, match="BertModel is not supported; supported: CLIP, .*ViT"):
         encode_images(transformers.BertModel(config), torch.zeros(1, 3, 8, 8))
 
 
@@ -404,9 +404,8 @@ def test_wrong_requests_are_one_clear_line_and_touch_nothing(clip, pixels, argum
     assert "forward" not in vars(make_tower(clip).module)
 
 
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-def test_what_is_not_available_inside_is_refused(pixels, name):
-    clip = build("CLIP")
+def test_what_is_not_available_inside_is_refused(pixels):
+    clip, name = build("CLIP"), "output_attentions"
     clip.set_attn_implementation("eager")  # else transformers refuses attention maps itself
     with token_reduction(clip, InputPruning(0.5)):
         assert isinstance(clip.vision_model(pixels, return_dict=False), tuple)
@@ -465,11 +464,12 @@ def test_full_strength_changes_nothing_for_any_model(family, pixels):
     with token_reduction(model, "ours", budget=1.0):
         found = call(pixels)
     for key, value in expected.items():
-        if value is None:
-            assert found[key] is None, key
-        elif found[key].shape == value.shape:  # CLIPModel and SiglipModel keep fewer last tokens
+        if value is None or key == "last_hidden_state" and hasattr(model, "get_image_features"):
+            assert found.get(key) is None, key  # CLIPModel and SiglipModel are not asked for their last tokens
+        else:
             close(found[key], value)
-    close(*(next(iter(o.values())) if hasattr(o, "logits") else o[0][:, 0] for o in (found, expected)))
+    read = lambda o: o.pooler_output if hasattr(o, "pooler_output") and o.pooler_output is not None else o[0][:, 0]
+    close(*(o.logits if hasattr(o, "logits") else read(o) for o in (found, expected)))
 
 
 def test_a_shortcut_of_the_reducer_given_is_not_used_where_patches_are_read(pixels):
@@ -478,7 +478,7 @@ def test_a_shortcut_of_the_reducer_given_is_not_used_where_patches_are_read(pixe
         assert model(pixels).logits.isfinite().all() and reducer.cls_only_last
         assert model.vision_model(pixels).last_hidden_state.shape[1] == 65
     with token_reduction(model, reducer, patch_tokens=False):
-        assert model.vision_model(pixels).last_hidden_state.shape[1] == 1
+        assert model.vision_model(pixels).last_hidden_state is None
 
 
 def test_budgets_hold_where_the_last_layer_is_whole():
@@ -509,7 +509,7 @@ def test_the_whole_model_runs_reduced(clip, pixels):
     ids = torch.tensor([[0, 5, 6, 1], [0, 7, 8, 1]])
     with token_reduction(clip, InputPruning(0.5)):
         out = clip(input_ids=ids, pixel_values=pixels)
-    assert out.logits_per_image.shape == (3, 2) and out.vision_model_output.last_hidden_state.shape[1] == 33
+    assert out.logits_per_image.shape == (3, 2) and out.vision_model_output.last_hidden_state is None
 
 
 def word_tokenizer():

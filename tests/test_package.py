@@ -120,7 +120,7 @@ from effarch.token_reduction import token_reduction, reducer_for_budget, REDUCER
 model = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4,
                                          num_attention_heads=2, image_size=64, patch_size=8)).eval()
 x = torch.randn(1, 3, 64, 64)
-with torch.no_grad(), token_reduction(model, "ours", budget=0.5, patch_tokens=False):
+with torch.no_grad(), token_reduction(model, "tome", budget=0.5, patch_tokens=False):
     few = model(pixel_values=x).last_hidden_state
 assert few.shape[1] < model(pixel_values=x).last_hidden_state.shape[1] and "ours" in REDUCERS""",
     "bench": """from effarch.bench import compare, ratio_interval, statements

@@ -1,4 +1,4 @@
-"""Fewer vision tokens in CLIP, SigLIP and ViT models of transformers, without training.
+"""Fewer vision tokens in models of transformers, timm and open_clip, without training; effarch.clip.towers has the list.
 
     with token_reduction(model, "ours", budget=0.5):
         features = model.get_image_features(pixel_values=pixels)

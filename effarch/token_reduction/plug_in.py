@@ -1,63 +1,74 @@
-"""Use a reducer through unmodified Hugging Face calls."""
+"""Use a reducer through unmodified calls of transformers, timm and open_clip."""
 
 from contextlib import contextmanager
 from copy import copy
 
+import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from effarch.checks import check
 from effarch.clip.towers import make_tower
-from effarch.token_reduction.encoder import Reducer, pooled_output, run_encoder, take
+from effarch.token_reduction.encoder import Reducer, continue_encoder, pooled_output, start_encoder, take
 
-POOLED = {"CLIPModel", "CLIPVisionModelWithProjection", "SiglipModel", "ViTForImageClassification"}
+# models that read the pooled output only, and those whose head reads the CLS token out of last_hidden_state
+READ_POOLED = {"CLIPModel", "CLIPVisionModelWithProjection", "SiglipModel"}
+READ_FIRST = {"ViTForImageClassification"}
+NOT_INSIDE = ("output_attentions", "bool_masked_pos", "noise", "attention_mask", "head_mask")
 
 
 @contextmanager
 def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
-    """Within the `with` block every Hugging Face call on `model` runs its vision tower with fewer tokens.
+    """Within the `with` block every call of `model` by its own library runs its vision tower with fewer tokens.
 
         with token_reduction(model, "ours", budget=0.5):
             features = model.get_image_features(pixel_values=pixels)
 
     reducer: a name of REDUCERS with `budget`, the share of the dense multiply-adds it may use (and `options` of
-    `reducer_for_budget`), or a Reducer. `get_image_features`, `model(**inputs)` and pipelines work unchanged.
-    patch_tokens: whether somebody reads the patches in `last_hidden_state`; None: everybody but CLIPModel,
-    SiglipModel, ViTForImageClassification and CLIPVisionModelWithProjection, which read the pooled output. Then all
-    tokens are computed in the last layer, too, and every patch that was merged gets its group's token, so that a mean
-    over patches stays right; dropped patches are missing.
+    `reducer_for_budget`), or a Reducer. Calls of transformers (also pipelines), timm and open_clip work unchanged.
+    patch_tokens: whether somebody reads the patches in `last_hidden_state`; None: everybody but CLIPModel, SiglipModel,
+    CLIPVisionModelWithProjection, ViTForImageClassification and open_clip, which read the pooled output or the CLS
+    token. Then all tokens are computed in the last layer, too, and every patch that was merged gets its group's token,
+    so that a mean over patches stays right; dropped patches are missing. Where nobody does, `last_hidden_state` is
+    None; with patch_tokens=False it is what is left, in an order of its own, or None if only the CLS token was computed.
 
-    On exit, also after an exception, the model is exactly what it was. Raises TypeError for an unsupported model and
-    for a reducer that is none, ValueError for an unknown name, a budget that cannot be reached, and for what is not
-    available inside: attention maps, hidden states, dropout in attention."""
+    What works inside: `output_hidden_states=True` (every patch with its group's token; not with dropped patches),
+    autocast, gradients, torch.compile, calls from several threads (the model is reduced for all of them), deepcopy and
+    pickle (of the model as it is outside), save_pretrained. Checkpointing of gradients saves nothing here, and
+    nn.DataParallel's copies are not supported. On exit, also after an exception, the model is exactly what it was.
+
+    Raises TypeError for an unsupported model and for a reducer that is none, ValueError for an unknown name, a budget
+    that cannot be reached, and for what is not available inside: attention maps, masks, dropout in attention, and hooks
+    on what is not called, since of a layer only its norms, its MLP and the projections of its attention are."""
     tower = make_tower(model)
+    kinds = {base.__name__ for base in type(getattr(model, "_orig_mod", model)).__mro__}  # inside what torch.compile made
+    first, shown = bool(kinds & READ_FIRST), patch_tokens is not None
     if patch_tokens is None:
-        patch_tokens = not POOLED & {base.__name__ for base in type(model).__mro__}
-    reducer = find_reducer(model, reducer, budget, patch_tokens, options)
-    config = tower.module.config
-    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attention_probs_dropout_prob", 0.0)
-    check(not (tower.module.training and dropout), "attention dropout", dropout, "0 in training; or call model.eval()")
+        inside = tower.library == "open_clip" and not tower.module.output_tokens
+        patch_tokens = not (inside or kinds & (READ_POOLED | READ_FIRST))
+    named = isinstance(reducer, str)
+    reducer, skipped = find_reducer(model, reducer, budget, patch_tokens, options), tower.skipped()
+    refuse(tower, skipped)
 
-    def forward(pixel_values=None, interpolate_pos_encoding=False, return_dict=None, **rest):
-        for name in ("output_attentions", "output_hidden_states", "bool_masked_pos"):
-            wanted = rest.get(name, getattr(config, name, None))
-            check(wanted is None or wanted is False, name, wanted, "None or False inside token_reduction")
-        pixel_values = pixel_values.to(tower.patch.weight.dtype)
-        tokens = run_encoder(tower, pixel_values, reducer, patch_tokens, interpolate=bool(interpolate_pos_encoding))
-        last = tower.finish(tokens.x)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=every_patch(last, tokens, reducer) if patch_tokens else last,
-            pooler_output=pooled_output(tower, tokens) if tower.pools else None)
-        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    def reduce(pixels, interpolate=None, hidden=False):
+        if not torch.compiler.is_compiling():
+            refuse(tower, skipped)
+        own = copy(reducer) if named or hidden else reducer  # some remember their pass, which two threads must not share
+        if hidden:
+            own.cls_only_last = False
+        return run(tower, pixels.to(tower.patch.weight.dtype), own, patch_tokens, interpolate, hidden)
 
-    before = vars(tower.module).get("forward")
-    tower.module.forward = forward
+    def last_of(last):
+        only_first = tower.prefix == 1 and last.shape[1] == 1  # by the shortcut of the last layer
+        return last if patch_tokens or first or shown and not only_first else None
+
+    stand_ins = []
     try:
+        for name, function in CALLS[tower.library](tower, reduce, last_of, patch_tokens).items():
+            stand_ins.append(StandIn(tower.module, name, function))
         yield model
     finally:
-        if before is None:
-            del tower.module.forward
-        else:
-            tower.module.forward = before
+        for stand_in in stand_ins:
+            stand_in.leave()
 
 
 def find_reducer(model, reducer, budget, patch_tokens, options):
@@ -66,7 +77,8 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
         from effarch.token_reduction.selection import reducer_for_budget
 
         check(budget is not None, "budget", budget, f"a share of the multiply-adds, above 0 and at most 1, for {reducer!r}")
-        return reducer_for_budget(reducer, budget, model, **dict(dict(cls_only_last=False if patch_tokens else None), **options))
+        options = dict(dict(cls_only_last=False if patch_tokens else None), **options)
+        return reducer_for_budget(reducer, budget, model, **options)
     if not isinstance(reducer, Reducer):
         raise TypeError(f"reducer={reducer!r} is not supported; supported: a name of REDUCERS, or a Reducer")
     check(budget is None and not options, "budget and options", (budget, options), "those of a reducer given by its name")
@@ -76,11 +88,122 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
     return reducer
 
 
-def every_patch(x, tokens, reducer):
-    """(B, N, D) → (B, prefix + P, D), every merged patch with its group's token; x as it is where nothing was merged."""
-    if tokens.sizes is None:
-        return x
+def refuse(tower, skipped):
+    """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks."""
+    check(not (tower.module.training and tower.dropout), "attention dropout", tower.dropout, "0 in training; or call model.eval()")
+    hooked = []
+    for name, part in skipped.items():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            homes = [getattr(hook, "__module__", None) or "" for hook in hooks.values()]
+            hooked += [name for home in homes if not home.startswith("transformers.")]  # its own record hidden states
+    check(not hooked, "hooks on", hooked[:3], "inside token_reduction, hooks on the tower, or on single norms, linear layers "
+          "and MLPs: whole layers are not called")
+
+
+def run(tower, pixels, reducer, patch_tokens, interpolate, hidden):
+    """(Tokens after the last layer, last hidden state, tuple of all hidden states or None) of a reduced pass."""
+    tokens, states = start_encoder(tower, pixels, 0, reducer, patch_tokens or hidden, interpolate), []
+    for layer in range(tokens.depth + 1):
+        if hidden:
+            states.append(every_patch(tokens.x, tokens, reducer, "hidden states"))
+        if layer < tokens.depth:
+            continue_encoder(tower, tokens, reducer, layer, until=layer + 1)
+    last = tower.finish(tokens.x)
+    return tokens, every_patch(last, tokens, reducer) if patch_tokens else last, tuple(states) if hidden else None
+
+
+def every_patch(x, tokens, reducer, read="last_hidden_state"):
+    """(B, N, D) → (B, prefix + P, D), every merged patch with its group's token, in the order of the image.
+
+    Where patches were dropped: x as it is, without them; ValueError if others were merged or if `read` needs all."""
     lost = int((tokens.owner < 0).sum())
-    check(not lost, f"patches dropped by {type(reducer).__name__}, which also merges,", lost,
-          "0 where the patches in last_hidden_state are read (patch_tokens=False if they are not)")
+    if lost and tokens.sizes is None and read == "last_hidden_state":
+        return x
+    which = f"patches dropped by {type(reducer).__name__}" + (", which also merges," if tokens.sizes is not None else "")
+    check(not lost, which, lost, f"0 where the patches in {read} are read (patch_tokens=False if they are not)")
     return take(x, tokens.owner)
+
+
+class StandIn:
+    """A function in the place of a module's method. A copy or pickle of the module has its own method there again."""
+
+    def __init__(self, module, name, function):
+        self.module, self.name, self.function, self.before = module, name, function, vars(module).get(name)
+        setattr(module, name, self)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self):
+        return getattr, (self.module, self.name)
+
+    def leave(self):
+        """Give the place back; blocks that overlap, as in threads, may end in any order."""
+        top = vars(self.module)[self.name]
+        if top is self and self.before is None:
+            delattr(self.module, self.name)
+        elif top is self:
+            setattr(self.module, self.name, self.before)
+        else:
+            while top.before is not self:
+                top = top.before
+            top.before = self.before
+
+
+def calls_of_transformers(tower, reduce, last_of, patch_tokens):
+    """{method: what stands in for it} of a module of transformers."""
+    config = tower.module.config
+
+    def forward(pixel_values=None, *, interpolate_pos_encoding=False, return_dict=None, output_hidden_states=None, **rest):
+        wanted = {name: getattr(config, name, None) if rest.get(name) is None else rest[name] for name in NOT_INSIDE}
+        for name, value in wanted.items():
+            value = type(value).__name__ if isinstance(value, torch.Tensor) else value
+            check(value is None or value is False, name, value, "None or False inside token_reduction")
+        hidden = getattr(config, "output_hidden_states", False) if output_hidden_states is None else output_hidden_states
+        check(isinstance(hidden, bool), "output_hidden_states", hidden, "True or False inside token_reduction")
+        check(pixel_values is not None, "pixel_values", None, "images (B, 3, H, W)")
+        tokens, last, states = reduce(pixel_values, bool(interpolate_pos_encoding), hidden)
+        pooled, last = pooled_output(tower, tokens) if tower.pools else None, last_of(last)
+        if tower.output is not None:
+            output = tower.output(last, pooled, states, pixel_values)
+        else:
+            output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
+        if config.return_dict if return_dict is None else return_dict:
+            return output
+        return output.to_tuple() if last is not None else (None, *output.to_tuple())  # to_tuple leaves None out
+
+    return dict(forward=forward)
+
+
+def no_intermediates(*args, **kwargs):
+    """Stands in for what would run whole layers."""
+    raise ValueError("intermediate layers are not available inside token_reduction; allowed: forward, forward_features")
+
+
+def calls_of_timm(tower, reduce, last_of, patch_tokens):
+    """The same of a module of timm, whose own head pools what forward_features returns."""
+    check(patch_tokens, "patch_tokens", patch_tokens, "None or True for a model of timm, whose own head pools")
+
+    def forward_features(x, attn_mask=None, is_causal=False):
+        check(attn_mask is None and not is_causal, "attn_mask", "given", "None inside token_reduction")
+        return reduce(x)[1]
+
+    others = ("forward_intermediates", "get_intermediate_layers")
+    return dict({name: no_intermediates for name in others if hasattr(tower.module, name)}, forward_features=forward_features)
+
+
+def calls_of_open_clip(tower, reduce, last_of, patch_tokens):
+    """The same of open_clip's own ViT."""
+    module = tower.module
+    check(patch_tokens or not module.output_tokens, "patch_tokens", patch_tokens, "None or True with output_tokens=True")
+
+    def forward(x):
+        tokens, last, _ = reduce(x)
+        pooled = pooled_output(tower, tokens)
+        pooled = pooled if module.proj is None else pooled @ module.proj
+        return (pooled, last[:, 1:]) if module.output_tokens else pooled
+
+    return dict(forward=forward, forward_intermediates=no_intermediates)
+
+
+CALLS = dict(transformers=calls_of_transformers, timm=calls_of_timm, open_clip=calls_of_open_clip)

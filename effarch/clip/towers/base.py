@@ -1,0 +1,167 @@
+"""What a vision tower is to the encoder loop, and the parts that the adapters of all families share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Block:
+    """One pre-norm transformer layer: x += out(attention(norm1(x))), x += mlp(norm2(x)).
+
+    What a library does to a branch before it adds it (layer scale, dropout, stochastic depth) ends `out` and `mlp`."""
+
+    norm1: Callable
+    q: Callable
+    k: Callable
+    v: Callable
+    out: Callable
+    norm2: Callable
+    mlp: Callable
+    hidden: float  # width inside the MLP; a gated one, with three matrices instead of two, counts one and a half times
+
+
+@dataclass
+class Tower:
+    """A vision tower. P patches, prefix special tokens in front (CLS first; 0 = none), width D."""
+
+    module: nn.Module  # the library's module that does the same
+    embed: Callable  # (B, 3, H, W), interpolate=False → (B, prefix + P, D), positions added
+    pre_norm: Callable  # (B, N, D) → (B, N, D) before the first layer
+    blocks: list
+    finish: Callable  # (B, N, D) → (B, N, D): what the model calls last_hidden_state
+    pool: Callable  # (B, N, D), sizes (B, N) or None → (B, D): what it calls pooler_output
+    pools: bool  # whether the model has a pooler_output; without one, `pool` is the mean of the tokens or the CLS token
+    heads: int
+    prefix: int
+    patch: Any  # nn.Conv2d, or a Stem
+    pool_macs: Callable  # N → multiply-adds of pool
+    image_size: int  # pixels a side
+    library: str = "transformers"  # whose calls the module answers: transformers, timm or open_clip
+    calls: list = field(default_factory=list)  # modules that embed, finish and pool call
+    dropout: float = 0.0  # of the attention weights, which the loop leaves out
+    output: Callable | None = None  # (last, pooled, hidden states, pixels) → what the module returns; None: the usual
+
+    def skipped(self):
+        """{name: part} of the modules that the loop does not call, so that hooks on them would not run."""
+        ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp")]
+        ours += [self.pre_norm, self.finish, *self.calls]
+        called = {id(part) for one in ours for piece in pieces(one) for part in piece.modules()}
+        return {name: part for name, part in self.module.named_modules() if name and id(part) not in called}
+
+
+class Chain:
+    """Parts that are called one after the other."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def chain(*parts):
+    """The parts one after the other, without those that do nothing; a single one as it is."""
+    parts = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
+    return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+def pieces(part):
+    """The modules that a call of `part` calls."""
+    if isinstance(part, nn.Module):
+        return [part]
+    return [module for piece in getattr(part, "parts", ()) for module in pieces(piece)]
+
+
+@dataclass
+class Third:
+    """The query, key or value projection (index 0, 1, 2) out of one weight that holds all three.
+
+    weight, bias: dotted names below `owner`, read at every call; own_bias: the bias is this projection's alone."""
+
+    owner: nn.Module
+    index: int
+    weight: str
+    bias: str | None
+    own_bias: bool = False
+
+    def __call__(self, x):
+        weight, bias = attrgetter(self.weight)(self.owner), attrgetter(self.bias)(self.owner) if self.bias else None
+        rows = slice(self.index * weight.shape[0] // 3, (self.index + 1) * weight.shape[0] // 3)
+        return F.linear(x, weight[rows], bias if bias is None or self.own_bias else bias[rows])
+
+
+def thirds(owner, weight, bias, own_biases=()):
+    """The three projections (q, k, v) out of one weight; see Third. own_biases: their names where each has its own."""
+    joint = bias if has(owner, bias) else None
+    return [Third(owner, i, weight, *((own_biases[i], True) if own_biases else (joint, False))) for i in range(3)]
+
+
+@dataclass
+class Stem:
+    """What the loop asks of a patch embedding, for one that is not a single convolution."""
+
+    kernel_size: tuple  # pixels of a patch
+    out_channels: int
+    weight: torch.Tensor  # of the model's type and device; its numel() is the multiply-adds of a patch
+
+
+def has(module, path):
+    """Whether the dotted attribute exists."""
+    try:
+        return attrgetter(path)(module) is not None
+    except AttributeError:
+        return False
+
+
+def mlp_width(mlp, width):
+    """Block.hidden of any MLP: the multiply-adds of its linear layers, divided by those of two of (width × 1)."""
+    macs = sum(part.in_features * part.out_features for piece in pieces(mlp) for part in piece.modules()
+               if isinstance(part, nn.Linear))
+    return macs // (2 * width) if macs % (2 * width) == 0 else macs / (2 * width)
+
+
+def plain(kind, part):
+    """`part`, if it is just a `kind`: what reads its weight would miss what an adapter or a quantiser does around it."""
+    if type(part) is not kind:
+        raise TypeError(f"{type(part).__name__} in the place of {kind.__name__} is not supported: a joint projection of queries, "
+                        "keys and values has to be as its library makes it")
+    return part
+
+
+def side_of(image_size):
+    """Pixels a side of a square image, given as a number or a pair."""
+    return image_size if isinstance(image_size, int) else image_size[0]
+
+
+def first_token(x, _=None):
+    """(B, N, D) → (B, D): the CLS token."""
+    return x[:, 0]
+
+
+def mean_of_patches(x, sizes=None):
+    """(B, N, D) → (B, D), a merged token counted as often as its parts; the sum is in float32."""
+    if sizes is None:
+        return x.float().mean(1).to(x.dtype)
+    return ((x.float() * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
+
+
+def split_heads(x, heads):
+    """(B, N, D) → (B, heads, N, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q, k, v, bias=None, implementation="sdpa"):
+    """softmax(q kᵀ / √d + bias) v over (B, heads, N, d): 'eager' spelled out, 'sdpa' as one fused kernel."""
+    if implementation == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    logits = logits if bias is None else logits + bias
+    return torch.softmax(logits.float(), dim=-1).to(v.dtype) @ v

@@ -1,0 +1,487 @@
+"""Every family's adapter on a small random model of it, and what works inside token_reduction."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from effarch.bench import count_flops
+from effarch.clip.towers import FAMILIES, find_vision_module, make_tower
+from effarch.clip.towers.small import SMALL_MODELS, TEXT, VISION
+from effarch.token_reduction import (
+    encode_images,
+    encoder_macs,
+    reducer_for_budget,
+    token_reduction,
+    trace_encoder,
+)
+from effarch.token_reduction.encoder import InputPruning, run_encoder
+
+REFUSED = [family for family in FAMILIES if not family.adapter]
+NAMES = [name for name in SMALL_MODELS if name not in {family.name for family in REFUSED}]
+OTHERS = ("timm's ViT", "MobileCLIP-B", "EVA-CLIP", "OpenCLIP")
+HUGGING_FACE = [name for name in NAMES if name not in OTHERS]
+
+
+def build(name):
+    """A small model with weights so large that every layer, norm and bias matters (some libraries begin near zero)."""
+    torch.manual_seed(0)
+    try:
+        model = SMALL_MODELS[name]()
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.15 * torch.randn_like(p) + (p if p.ndim < 2 else 0))
+    return model.eval()
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def clip():
+    return build("CLIP")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def close(a, b, limit=1e-5):
+    assert a.shape == b.shape and (a - b).abs().max() < limit, (a - b).abs().max().item()
+
+
+def outputs(model, pixels, **options):
+    """(last hidden state, pooled) by the library's own call of the tower; what it does not give is None."""
+    module, family = find_vision_module(model)
+    if family.library == "open_clip":
+        return None, module(pixels)
+    if family.library == "timm":
+        last = module.forward_features(pixels)
+        return last, module.forward_head(last, pre_logits=True)
+    if family.name == "ViT-MAE":
+        order = torch.arange(64.0).expand(len(pixels), -1)  # outside, it shuffles the patches
+        options |= {} if "forward" in vars(module) else dict(noise=order)
+    out = module(pixel_values=pixels, **options)
+    return out.last_hidden_state, out.get("pooler_output")
+
+
+def whole_call(model, pixels):
+    """What people call the model for."""
+    out = model.get_image_features(pixel_values=pixels) if hasattr(model, "get_image_features") else outputs(model, pixels)
+    out = getattr(out, "pooler_output", out)
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+# every family
+
+
+def test_without_reduction_our_loop_is_the_library(model, pixels):
+    tower = make_tower(model)
+    last, pooled = outputs(model, pixels)
+    tokens = run_encoder(tower, pixels)
+    if last is not None:
+        close(tower.finish(tokens.x), last)
+    assert tower.pools == (pooled is not None)
+    if pooled is not None:
+        ours = tower.pool(tokens.x, None)
+        close(ours @ tower.module.proj if tower.library == "open_clip" else ours, pooled)
+
+
+def test_with_fewer_tokens_prefix_and_patches_are_all_there_and_the_model_comes_back(model, pixels):
+    module, family = find_vision_module(model)
+    before, state = outputs(model, pixels), dict(vars(module))
+    tower, reducer = make_tower(model), reducer_for_budget("ours", 0.6, model, cls_only_last=False)
+    tokens = run_encoder(tower, pixels, reducer, trace=True)
+    assert tokens.x.shape[1] < 64 and (tokens.owner[:, : tower.prefix] == torch.arange(tower.prefix)).all()
+    assert (tokens.sizes[:, : tower.prefix] == 1).all() and (tokens.owner >= 0).all()
+    assert 0.5 < encoder_macs(model, reducer) / encoder_macs(model) <= 0.6
+    with token_reduction(model, "ours", budget=0.6, patch_tokens=None if family.library == "open_clip" else True):
+        inside = outputs(model, pixels)
+    for found, expected in zip(inside, before, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert found.shape == expected.shape and found.isfinite().all() and (found - expected).abs().max() > 1e-5
+    after = outputs(model, pixels)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(before, after, strict=True)) and vars(module) == state
+
+
+@pytest.mark.parametrize("name, options", [  # a size bias of 0.85 is not exact, and the equal ones must not run out
+    ("tome", dict(budget=0.7)), ("ours", dict(budget=0.9, size_bias=1.0))])
+def test_merging_equal_patches_changes_nothing(model, name, options):
+    """Two kinds of patches, 48 of one and 16 of the other, without positions."""
+    for place, p in [*model.named_parameters(), *model.named_buffers()]:
+        if "pos" in place:
+            p.zero_()
+    kinds = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    choice = (torch.arange(64) % 8 >= 2).long()  # whole columns, so that each finds its like at the other parity
+    picture = torch.cat([torch.cat([kinds[choice[8 * i + j]] for j in range(8)], -1) for i in range(8)], -2)[None]
+    dense = outputs(model, picture)
+    with token_reduction(model, name, **options):
+        reduced = outputs(model, picture)
+    for found, expected in zip(reduced, dense, strict=True):
+        if found is not None:  # CLIPModel and SiglipModel have no last hidden state inside
+            close(found, expected, 1e-4)
+
+
+def test_multiply_adds_are_counted(model, pixels):
+    for reducer in (None, reducer_for_budget("ours", 0.6, model)):
+        flops = count_flops(lambda r=reducer: encode_images(model, pixels[:1], r, implementation="eager"))
+        assert flops == 2 * encoder_macs(model, reducer)
+
+
+def test_each_kind_of_reducer_runs(model, pixels):
+    for name in ("vtp", "evit", "dynamicvit", "tome"):
+        with token_reduction(model, name, budget=0.6):
+            last, pooled = outputs(model, pixels)
+        assert all(x.isfinite().all() for x in (last, pooled) if x is not None)
+
+
+def test_whole_models_are_reduced_inside_and_as_before_outside(pixels):
+    wholes = {
+        "LLaVA": lambda: build("LLaVA"),
+        "ChineseCLIP": lambda: transformers.ChineseCLIPModel(
+            transformers.ChineseCLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=20)),
+        "AltCLIP": lambda: transformers.AltCLIPModel(transformers.AltCLIPConfig(
+            vision_config=VISION, text_config=dict(TEXT, project_dim=20), projection_dim=20)),
+        "DINOv2": lambda: transformers.Dinov2ForImageClassification(
+            transformers.Dinov2Config(hidden_size=48, num_hidden_layers=6, num_attention_heads=3, image_size=64, patch_size=8)),
+    }
+    for name, make in wholes.items():
+        torch.manual_seed(0)
+        model = make().eval()
+        call = lambda m=model: m(pixels).logits if hasattr(m, "classifier") else whole_call(m, pixels)
+        before = call()
+        with token_reduction(model, "ours", budget=1.0):
+            close(call(), before)
+        with token_reduction(model, "ours", budget=0.6):
+            inside = call()
+        assert inside.shape == before.shape and inside.isfinite().all() and (inside - before).abs().max() > 1e-6, name
+        assert torch.equal(call(), before)
+
+
+def test_llava_writes(pixels):
+    model = build("LLaVA")
+    ids = torch.cat([torch.full((3, 64), 99), torch.tensor([[5, 6]] * 3)], 1)
+    say = lambda: model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    before = say()
+    with token_reduction(model, "ours", budget=1.0):
+        assert torch.equal(say(), before)
+    with token_reduction(model, "ours", budget=0.6):
+        assert say().shape == before.shape
+    with token_reduction(model, "vtp", budget=0.6), pytest.raises(ValueError, match="patches dropped by InputPruning=.*hidden states"):
+        say()
+
+
+def test_open_clip_models_around_both_kinds_of_towers(pixels):
+    open_clip = pytest.importorskip("open_clip")
+    text = dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+    own = dict(layers=4, width=48, head_width=16, patch_size=8, image_size=64)
+    timms = dict(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear", image_size=224)
+    for kind, vision in ((open_clip.CLIP, own), (open_clip.CustomTextCLIP, timms)):
+        model = kind(20, vision, text).eval()
+        x = F.interpolate(pixels, vision["image_size"])
+        before = model.encode_image(x, normalize=True)
+        close(encode_images(model, x), before)
+        reducer = reducer_for_budget("ours", 0.6, model, cls_only_last=None if vision is own else False)
+        with token_reduction(model, "ours", budget=0.6):
+            close(model.encode_image(x, normalize=True), encode_images(model, x, reducer))
+        assert torch.equal(model.encode_image(x, normalize=True), before)
+
+
+# what is not supported
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
+def test_why_not_is_one_sentence(family, pixels):
+    assert family.why_not and not family.why_not.endswith(".")
+    if family.name in SMALL_MODELS:
+        with pytest.raises(TypeError, match="is not supported: ") as error:
+            with token_reduction(build(family.name), "ours", budget=0.6):
+                pass
+        one_line(error)
+        assert family.why_not in str(error.value)
+
+
+def test_the_table_is_whole():
+    names = [family.name for family in FAMILIES]
+    assert len(set(names)) == len(names) and set(SMALL_MODELS) <= {*names, "LLaVA", "MobileCLIP-B"}
+    assert {family.name for family in FAMILIES if family.adapter} <= set(SMALL_MODELS)
+
+
+def test_what_an_adapter_cannot_do_right_is_refused_by_name(clip):
+    two = torch.nn.ModuleList([clip.vision_model, build("ViT")])
+    masked = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION))
+    quantised = build("BLIP")
+    quantised.encoder.layers[0].self_attn.qkv = torch.nn.Sequential(quantised.encoder.layers[0].self_attn.qkv)
+    bare = dict(two=(two, TypeError, r"several vision towers \(CLIP, ViT\): give the one"),
+                masked=(masked, ValueError, "mask_ratio=0.75 is not allowed; allowed: 0"),
+                quantised=(quantised, TypeError, "Sequential in the place of Linear"))
+    for other, kind, words in bare.values():
+        with pytest.raises(kind, match=words) as error:
+            make_tower(other)
+        one_line(error)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(global_pool="map"), "global_pool='map' is not supported"), (dict(patch_drop_rate=0.5), "patch dropout is not supported"),
+    (dict(qk_norm=True), "normed queries and keys is not supported")])
+def test_other_makes_of_timm_are_refused_by_name(options, words):
+    pytest.importorskip("timm")
+    from effarch.clip.towers.small import timm_vit
+
+    with pytest.raises(TypeError, match=words) as error:
+        make_tower(timm_vit(**options))
+    one_line(error)
+
+
+# inside the context manager
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hidden_states_are_the_librarys_and_hold_every_patch(name, pixels):
+    model = build(name)
+    module, tower = find_vision_module(model)[0], make_tower(model)
+    options = dict(noise=torch.arange(64.0).expand(3, -1)) if name == "ViT-MAE" else {}
+    expected = module(pixel_values=pixels, output_hidden_states=True, **options).hidden_states
+    if expected is None:
+        pytest.skip("this version of transformers records them around the tower only")
+    with token_reduction(model, "ours", budget=1.0):
+        states = module(pixel_values=pixels, output_hidden_states=True).hidden_states
+    for found, wanted in zip(states[:-1], expected[:-1], strict=True):
+        close(found, wanted)
+    tied = (states[-1] - expected[-1]).abs().max() > 1e-5  # older versions put the normed one last
+    close(tower.finish(states[-1]) if tied else states[-1], expected[-1])
+    with token_reduction(model, "ours", budget=0.6):
+        out = module(pixel_values=pixels, output_hidden_states=True)
+        assert module(pixel_values=pixels).hidden_states is None
+    assert [x.shape for x in out.hidden_states] == [x.shape for x in expected]
+    close(out.hidden_states[0], expected[0])  # nothing has merged yet, and patches are in the order of the image
+    reducer = reducer_for_budget("ours", 0.6, model, cls_only_last=None if name in ("CLIP", "SigLIP") else False)
+    reducer.cls_only_last = False
+    tokens = run_encoder(tower, pixels, reducer, trace=True)
+    close(out.hidden_states[-1], torch.stack([x[owner] for x, owner in zip(tokens.x, tokens.owner, strict=True)]))
+
+
+@pytest.mark.parametrize("wanted, words", [
+    (dict(output_attentions=True), "output_attentions"), (dict(attention_mask=torch.ones(3, 65)), "attention_mask"),
+    (dict(output_hidden_states=[1]), "output_hidden_states=.1. is not allowed; allowed: True or False"), ({}, "pixel_values=None")])
+def test_what_is_not_available_inside_is_one_line(clip, pixels, wanted, words):
+    with token_reduction(clip, "ours", budget=0.6), pytest.raises(ValueError, match=words) as error:
+        clip.vision_model(**(dict(wanted, pixel_values=pixels) if wanted else dict(pixel_values=None)))
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["timm's ViT", "OpenCLIP"])
+def test_whole_layers_of_other_libraries_are_refused(name, pixels):
+    model = build(name)
+    with token_reduction(model, "ours", budget=0.6), pytest.raises(ValueError, match="intermediate layers are not available"):
+        model.forward_intermediates(pixels)
+    assert len(model.forward_intermediates(pixels)) == 2
+
+
+def test_last_hidden_state_is_never_one_token_without_a_word(clip, pixels):
+    """Every patch, or what was asked for by name, or None."""
+    with token_reduction(clip, "ours", budget=0.6):
+        out = clip.vision_model(pixels)
+        assert out.last_hidden_state is None and out.pooler_output.isfinite().all()
+        whole = clip(input_ids=torch.tensor([[0, 5, 1]]), pixel_values=pixels)
+        assert whole.vision_model_output.last_hidden_state is None and whole.image_embeds.shape == (3, 24)
+        assert clip.vision_model(pixels, return_dict=False)[0] is None, "the place of what is missing is not taken by the next"
+    with token_reduction(clip, "ours", budget=0.6, patch_tokens=True):
+        assert clip.vision_model(pixels).last_hidden_state.shape[1] == 65
+    with token_reduction(clip, "ours", budget=0.6, patch_tokens=False):
+        assert clip.vision_model(pixels).last_hidden_state is None, "the shortcut left one"
+    with token_reduction(clip, "tome", budget=0.6, patch_tokens=False):
+        assert 1 < clip.vision_model(pixels).last_hidden_state.shape[1] < 65
+    for name in ("ChineseCLIP", "AltCLIP", "BLIP", "BLIP-2", "ViT", "DINOv2"):
+        other = build(name)
+        with token_reduction(other, "ours", budget=0.6):
+            assert outputs(other, pixels)[0].shape[1] == 65
+    head = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).eval()
+    with token_reduction(head, "ours", budget=0.6):
+        assert head(pixels).logits.shape == (3, 5), "its head reads the CLS token there"
+
+
+@pytest.mark.parametrize("name", ["CLIP", "DINOv2", "BLIP", "EVA-CLIP", "OpenCLIP"])
+def test_autocast_stays_close(name, pixels):
+    model = build(name)
+    with token_reduction(model, "ours", budget=0.6):
+        plain = whole_call(model, pixels)
+        plain = plain if isinstance(plain, torch.Tensor) else plain[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = whole_call(model, pixels)
+            half = half if isinstance(half, torch.Tensor) else half[1]
+    assert half.isfinite().all() and F.cosine_similarity(half.float(), plain).min() > 0.97
+
+
+def gradient(model, pixels):
+    """Of the mean of the pooled output, at all parameters that it reaches."""
+    model.zero_grad()
+    with torch.enable_grad():
+        outputs(model, pixels)[1].mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP", "BLIP", "DINOv2", "EVA-CLIP", "OpenCLIP"])
+def test_gradients_flow_through_the_reducer(name, pixels):
+    model = build(name)
+    dense = gradient(model, pixels)
+    with token_reduction(model, "ours", budget=1.0):
+        whole = gradient(model, pixels)
+    for place, expected in dense.items():
+        close(whole[place], expected, 1e-5 + 1e-3 * float(expected.abs().max()))
+    with token_reduction(model, "ours", budget=0.6):
+        reduced = gradient(model, pixels)
+    assert set(reduced) == set(dense) and all(g.isfinite().all() for g in reduced.values())
+    first = next(g for place, g in reduced.items() if any(word in place for word in ("patch_embed", "projection.weight", "conv1")))
+    assert first.abs().max() > 0
+
+
+def test_training_inside_learns_and_dropout_that_would_be_left_out_is_refused(pixels):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=3)).train()
+    labels, optimizer, losses = torch.arange(3), torch.optim.Adam(model.parameters(), 1e-3), []
+    with token_reduction(model, "ours", budget=0.6), torch.enable_grad():
+        for _ in range(8):
+            losses.append(model(pixels, labels=labels).loss)
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    assert losses[-1] < losses[0] / 2
+    model = transformers.ViTModel(transformers.ViTConfig(**VISION, attention_probs_dropout_prob=0.1)).eval()
+    with token_reduction(model, "ours", budget=0.6):
+        model(pixels)
+        model.train()
+        with pytest.raises(ValueError, match="attention dropout=0.1 is not allowed; allowed: 0 in training"):
+            model(pixels)
+
+
+def test_dropout_and_stochastic_depth_of_a_branch_are_the_librarys(pixels):
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=64, patch_size=8,
+                                       drop_path_rate=0.5, hidden_dropout_prob=0.2)
+    model = transformers.Dinov2Model(config).train()
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(3)
+        if inside:
+            with token_reduction(model, "ours", budget=1.0):
+                found.append(model(pixels).last_hidden_state)
+        else:
+            found.append(model(pixels).last_hidden_state)
+    close(*found)
+
+
+def test_a_compiled_model_is_reduced_inside_only(pixels):
+    model = transformers.ViTModel(transformers.ViTConfig(**dict(VISION, num_hidden_layers=3))).eval()
+    compiled, before = torch.compile(model, backend="eager"), model(pixels).pooler_output
+    close(compiled(pixels).pooler_output, before)
+    with token_reduction(compiled, "ours", budget=0.6):
+        inside = model(pixels).pooler_output
+        close(compiled(pixels).pooler_output, inside)
+    assert (inside - before).abs().max() > 1e-4
+    close(compiled(pixels).pooler_output, before)
+
+
+def test_threads_share_a_reduced_model(clip, pixels):
+    """One of them ends its block while the others are in theirs; all get what they would get alone."""
+    batches = [pixels * (i + 1) for i in range(4)]
+    dense = [whole_call(clip, x) for x in batches]
+    with token_reduction(clip, "cls_merge", budget=0.6):
+        alone = [whole_call(clip, x) for x in batches]
+        found, waiting = [None] * 4, threading.Barrier(4)
+
+        def work(i):
+            with torch.no_grad():
+                waiting.wait()
+                for _ in range(3):
+                    found[i] = whole_call(clip, batches[i])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for call in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                call(thread)
+        for a, b in zip(found, alone, strict=True):
+            close(a, b, 1e-6)
+    assert all(torch.equal(whole_call(clip, x), y) for x, y in zip(batches, dense, strict=True))
+
+
+def test_blocks_that_overlap_may_end_in_any_order(clip, pixels):
+    before = whole_call(clip, pixels)
+    half, third = (token_reduction(clip, InputPruning(keep)) for keep in (0.5, 0.3))
+    half.__enter__()
+    third.__enter__()
+    inside = whole_call(clip, pixels)
+    half.__exit__(None, None, None)
+    assert torch.equal(whole_call(clip, pixels), inside)
+    third.__exit__(None, None, None)
+    assert torch.equal(whole_call(clip, pixels), before) and "forward" not in vars(clip.vision_model)
+
+
+def test_copies_and_saved_models_are_whole(clip, pixels, tmp_path):
+    before = whole_call(clip, pixels)
+    with token_reduction(clip, "ours", budget=0.6):
+        inside, twin = whole_call(clip, pixels), copy.deepcopy(clip)
+        clip.save_pretrained(tmp_path)
+        assert pickle.dumps(clip)
+        assert torch.equal(whole_call(twin, pixels), before) and torch.equal(whole_call(clip, pixels), inside)
+        for p in clip.vision_model.parameters():
+            p.mul_(0.9)
+        assert torch.equal(whole_call(twin, pixels), before), "a copy has weights of its own"
+    with token_reduction(twin, "ours", budget=0.6):
+        close(whole_call(twin, pixels), inside)
+    assert torch.equal(whole_call(twin, pixels), before)
+    loaded = transformers.CLIPModel.from_pretrained(tmp_path, use_safetensors=True).eval()
+    close(whole_call(loaded, pixels), before)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "BLIP", "timm's ViT"])
+def test_hooks_that_would_not_run_are_refused_and_others_run(name, pixels):
+    model = build(name)
+    module, seen = find_vision_module(model)[0], []
+    layer = (module.blocks if name in OTHERS else module.encoder.layers)[0]
+    handle = layer.register_forward_hook(lambda *_: seen.append("layer"))
+    with pytest.raises(ValueError, match="hooks on=.*layers.0|hooks on=.*blocks.0") as error:
+        with token_reduction(model, "ours", budget=0.6):
+            pass
+    one_line(error)
+    handle.remove()
+    with token_reduction(model, "ours", budget=0.6):
+        module.register_forward_hook(lambda *_: seen.append("tower"))
+        layer.mlp.fc1.register_forward_hook(lambda *_: seen.append("linear"))
+        whole_call(model, pixels)
+        layer.register_forward_pre_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="hooks on"):
+            whole_call(model, pixels)
+    assert "linear" in seen and "layer" not in seen
+
+
+def test_hooks_of_transformers_itself_are_no_hindrance(clip, pixels):
+    clip.vision_model(pixels, output_hidden_states=True)  # it leaves hooks on the layers
+    with token_reduction(clip, "ours", budget=0.6):
+        assert whole_call(clip, pixels).isfinite().all()
+
+
+def test_a_trace_of_a_smaller_image_still_finds_its_grid(pixels):
+    """DINOv2's positions fit any size, asked for or not."""
+    model = build("DINOv2")
+    small = pixels[..., :48, :56]
+    close(encode_images(model, small), F.normalize(model(small).pooler_output, dim=-1))
+    assert trace_encoder(model, InputPruning(0.5), small).grid == (6, 7)
