@@ -123,6 +123,14 @@ x = torch.randn(1, 3, 64, 64)
 with torch.no_grad(), token_reduction(model, "tome", budget=0.5, patch_tokens=False):
     few = model(pixel_values=x).last_hidden_state
 assert few.shape[1] < model(pixel_values=x).last_hidden_state.shape[1] and "ours" in REDUCERS""",
+    "masking": """from effarch.masking import KeepPatches, cluster_kept, contrastive_loss, random_kept
+from effarch.clip.checkpoints import random_clip
+from effarch.token_reduction import encode_images
+model, x = random_clip(smoke=True)[0], torch.randn(4, 3, 64, 64)
+images = encode_images(model, x, KeepPatches(cluster_kept(x, patch=8, keep=0.5)))  # in a training step; at inference without
+texts = torch.nn.functional.normalize(torch.randn(4, images.shape[1]), dim=-1)
+contrastive_loss(images, texts, captions=torch.tensor([0, 1, 1, 2]), scale=14.0).backward()
+assert model.visual_projection.weight.grad.abs().sum() > 0 and random_kept(x, 8, 0.25).shape == (4, 16)""",
     "bench": """from effarch.bench import compare, ratio_interval, statements
 rows = compare({"a": lambda: x + 1, "b": lambda: x + 2}, rounds=3) if (x := torch.zeros(9)) is not None else None
 assert rows["a"]["n_runs"] == 3 and len(statements()) > 30""",
