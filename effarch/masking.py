@@ -182,9 +182,9 @@ class Pairs:
 
 
 def cosine_rate(step, steps, warm=0.1):
-    """Share of the learning rate at a step from 0 on: a linear start over `warm` of the steps, then a cosine to 0."""
+    """Share of the learning rate at a step from 0 on: a linear start over `warm` of the steps, then a cosine to 0, which stays 0."""
     first = max(1, round(warm * steps))
-    return (step + 1) / first if step < first else (1 + math.cos(math.pi * (step - first) / max(1, steps - first))) / 2
+    return (step + 1) / first if step < first else (1 + math.cos(math.pi * min(1, (step - first) / max(1, steps - first)))) / 2
 
 
 class Trainer:
@@ -214,7 +214,7 @@ class Trainer:
         while len(self.queue) < self.size:
             self.queue = torch.cat([self.queue, torch.randperm(len(self.pairs), generator=self.order)])
         index, self.queue = self.queue[: self.size], self.queue[self.size:]
-        whole = self.done >= self.steps - round(self.recipe.tuned * self.steps)
+        whole = self.recipe.tuned > 0 and self.done >= self.steps - round(self.recipe.tuned * self.steps)
         pixels = self.pairs.images(index, None if whole else self.recipe.side, self.device)
         kept = None if whole else self.recipe.kept(pixels, self.patch, self.masking)  # of all processes: the same numbers for all
         captions = self.pairs.captions[index][self.mine]
@@ -285,19 +285,26 @@ def _launch(processes, *args):
     notebook_launcher(_as_one_of_several, args, num_processes=processes)
 
 
-def train_in_processes(processes, model, pairs, recipe, steps, **options):
-    """As `train`, with every batch shared by so many processes; the trained weights end up in `model`.
-
-    ValueError without accelerate and joblib (which scikit-learn brings), and for more processes than GPUs where there are GPUs."""
-    if processes == 1:
-        return train(model, pairs, recipe, steps, **options)
-    try:
-        import accelerate  # noqa: F401
-        from joblib.externals.loky import get_reusable_executor
-    except ImportError as error:
-        check(False, "PROCESSES", processes, f"1 without the package {error.name}; for more: pip install accelerate joblib")
+def check_processes(processes):
+    """ValueError, one line, unless so many processes can share a training here: one for each GPU, if there are any, and more than one
+    with accelerate and joblib (which scikit-learn brings) only."""
     most = torch.cuda.device_count() if torch.cuda.is_available() else math.inf
     check(is_count(processes) and processes <= most, "PROCESSES", processes, f"1 to {most}, one a GPU")
+    try:
+        if processes > 1:
+            import accelerate  # noqa: F401
+            import joblib  # noqa: F401
+    except ImportError as error:
+        check(False, "PROCESSES", processes, f"1 without the package {error.name}; for more: pip install accelerate joblib")
+
+
+def train_in_processes(processes, model, pairs, recipe, steps, **options):
+    """As `train`, with every batch shared by so many processes (see `check_processes`); the trained weights end up in `model`."""
+    check_processes(processes)
+    if processes == 1:
+        return train(model, pairs, recipe, steps, **options)
+    from joblib.externals.loky import get_reusable_executor
+
     with tempfile.TemporaryDirectory() as folder:
         path, device = f"{folder}/trained.pt", next(model.parameters()).device
         executor = get_reusable_executor(max_workers=1)  # not a copy of this process; takes functions of a notebook, too

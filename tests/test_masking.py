@@ -20,6 +20,7 @@ from effarch.masking import (
     Pairs,
     Recipe,
     Trainer,
+    check_processes,
     cluster_kept,
     contrastive_loss,
     cosine_rate,
@@ -513,7 +514,7 @@ def test_the_schedule_is_planned_for_its_number_of_steps():
         top = rates.index(max(rates))
         assert max(rates) == 1 and top <= steps // 10 + 1
         assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
-    assert cosine_rate(200, 200) < 1e-9
+    assert cosine_rate(200, 200) < 1e-9 and cosine_rate(250, 200) < 1e-9
 
 
 def test_training_learns(captions, pairs):
@@ -558,6 +559,7 @@ def test_features_that_are_not_finite_are_no_right_answers(captions, pairs):
     (lambda c, p: small_clip(c, side=32, patch=5), r"^patch=5 is not allowed"),
     (lambda c, p: ContrastiveModel(small_clip(c), "triplet"), r"^loss='triplet' is not allowed; allowed: softmax, sigmoid$"),
     (lambda c, p: Captions(["cat"], some_images()[0]), r"^classes=\['cat'\] is not allowed"),
+    (lambda c, p: check_processes(0), r"^PROCESSES=0 is not allowed; allowed: 1 to "),
     (lambda c, p: Trainer(new_model(c), p, Recipe(), 5, batch=1000), r"^batch=1000 is not allowed; allowed: .* at most 24 images$"),
     (lambda c, p: Trainer(new_model(c), p, Recipe(), 0, batch=4), r"^steps=0 is not allowed")])
 def test_a_mistake_is_named_in_one_line(captions, pairs, wrong, said):
