@@ -131,6 +131,10 @@ images = encode_images(model, x, KeepPatches(cluster_kept(x, patch=8, keep=0.5))
 texts = torch.nn.functional.normalize(torch.randn(4, images.shape[1]), dim=-1)
 contrastive_loss(images, texts, captions=torch.tensor([0, 1, 1, 2]), scale=14.0).backward()
 assert model.visual_projection.weight.grad.abs().sum() > 0 and random_kept(x, 8, 0.25).shape == (4, 16)""",
+    "few_shot": """from effarch.few_shot import METHODS, Support
+features, text = (torch.nn.functional.normalize(torch.randn(n, 16), dim=-1) for n in (12, 3))
+head = METHODS["GDA"](Support(features, torch.arange(3).repeat(4), text))
+assert head(features).shape == (12, 3)""",
     "bench": """from effarch.bench import compare, ratio_interval, statements
 rows = compare({"a": lambda: x + 1, "b": lambda: x + 2}, rounds=3) if (x := torch.zeros(9)) is not None else None
 assert rows["a"]["n_runs"] == 3 and len(statements()) > 30""",

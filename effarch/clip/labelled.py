@@ -1,0 +1,32 @@
+"""Labelled images to learn from, apart from those that judge; and digits, a domain far from photographs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from effarch.checks import check
+from effarch.clip.images import load_images, preprocess, scaling
+
+
+def training_images(dataset, count, processor, seed=0):
+    """`count` training Images, stratified by class, for the test images that DATASET names.
+
+    cifar10: its training split. imagefolder:<path>: the one folder beside <path> whose name begins with train.
+    ValueError where there is none; NoImages where CIFAR-10 cannot be had."""
+    kind, _, rest = dataset.partition(":")
+    check(kind in ("cifar10", "imagefolder"), "DATASET", dataset, "cifar10, imagefolder:<path>: others have no labels")
+    if kind == "imagefolder":
+        test = Path(rest).expanduser().resolve()
+        beside = [p for p in sorted(test.parent.iterdir()) if p.is_dir() and p.name.startswith("train") and p != test]
+        check(len(beside) == 1, "DATASET", dataset,
+              f"a folder beside one of labelled training images, train…; found: {[p.name for p in beside] or 'none'}")
+        dataset = f"imagefolder:{beside[0]}"
+    return load_images(dataset, count, processor, seed, train=True)
+
+
+def resized(images, processor):
+    """Small Images as a Hugging Face image processor makes them: at the model's size, with its scaling."""
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in images.pixels]
+    pixels, _ = preprocess(pictures, processor)
+    return replace(images, pixels=pixels, **scaling(processor))
