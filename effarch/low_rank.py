@@ -300,12 +300,12 @@ def add_adapter(model, kind, rank=8, seed=0):
         raise ImportError("adapters need the package peft: pip install peft") from None
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter_targets(model), **ADAPTERS[kind])
-    return peft.get_peft_model(copy_of(model), config)
+    return peft.get_peft_model(copy.deepcopy(model), config)
 
 
 def all_weights(model):
     """A copy whose vision layers are trained, all of their weights, and nothing else."""
-    new = copy_of(model)
+    new = copy.deepcopy(model)
     for p in set(new.parameters()) - {p for layer in layers_of(new) for p in layer.parameters()}:
         p.requires_grad_(False)
     return new
