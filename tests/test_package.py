@@ -135,6 +135,12 @@ assert model.visual_projection.weight.grad.abs().sum() > 0 and random_kept(x, 8,
 features, text = (torch.nn.functional.normalize(torch.randn(n, 16), dim=-1) for n in (12, 3))
 head = METHODS["GDA"](Support(features, torch.arange(3).repeat(4), text))
 assert head(features).shape == (12, 3)""",
+    "low_rank": """from effarch.clip.checkpoints import random_clip
+from effarch.low_rank import collect_moments, slim_attention, slim_mlp, tower_macs
+tower = random_clip(smoke=True)[0].eval()
+moments = collect_moments(tower, [torch.randn(2, 3, 64, 64)])
+thin = slim_mlp(slim_attention(tower, moments, qk=8, vo=12), moments, 0.75)
+assert tower_macs(thin) < 0.8 * tower_macs(tower)""",
     "bench": """from effarch.bench import compare, ratio_interval, statements
 rows = compare({"a": lambda: x + 1, "b": lambda: x + 2}, rounds=3) if (x := torch.zeros(9)) is not None else None
 assert rows["a"]["n_runs"] == 3 and len(statements()) > 30""",
