@@ -108,6 +108,16 @@ assert y.shape == (1, 32, 4, 8)""",
 from effarch.scans import Mamba2Block
 y, state = DynamicBlock(32, Mamba2Block(32), target=0.25)(torch.randn(2, 40, 32))
 assert y.shape == (2, 40, 32)""",
+    "vision_ssm": """from effarch.vision_ssm import VisionMambaBlock, scan_orders
+y = VisionMambaBlock(32)(torch.randn(2, 50, 32), scan_orders(7, 7)[None])
+assert y.shape == (2, 50, 32)""",
+    "scan_clip": """from effarch.clip.checkpoints import random_clip
+from effarch.clip.towers import make_tower
+from effarch.scan_clip import ScanMixer, landmark_maps, replaced_attention
+model = random_clip(smoke=True)[0].eval()
+block, x = make_tower(model).blocks[3], torch.randn(4, 65, 48)
+with torch.no_grad(), replaced_attention(model, {3: ScanMixer(block, 3, landmark_maps(block, 3, x, states=16))}):
+    model.get_image_features(pixel_values=torch.randn(1, 3, 64, 64))""",
     "distillation": """from effarch.distillation import distill
 kernel = 0.9 ** torch.arange(64.)[:, None] * torch.ones(4)
 assert distill(kernel, "hankel", rank=2)(64).shape == (64, 4)""",
