@@ -53,8 +53,8 @@ PLACES = {"self_attn.q_proj": "attention", "self_attn.k_proj": "attention", "sel
 
 def layers_of(model):
     """The transformer layers of the vision tower; TypeError for what is neither CLIP nor SigLIP."""
-    module, kind = find_vision_module(model)
-    if kind not in ("CLIPVision", "SiglipVision"):
+    module, family = find_vision_module(model)
+    if family.name not in ("CLIP", "SigLIP"):
         raise TypeError(f"{type(model).__name__} is not supported; supported: CLIP and SigLIP models of transformers")
     return module.encoder.layers
 

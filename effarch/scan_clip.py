@@ -231,8 +231,8 @@ def replaced_attention(model, mixers):
 
     Every Hugging Face call on `model` works unchanged; on exit, also after an exception, the model is what it was.
     TypeError for a model without a vision tower we know, ValueError for a layer it does not have or without CLS token."""
-    module, kind = find_vision_module(model)
-    check(kind != "SiglipVision", "model", type(model).__name__, "one with a CLS token, such as CLIP or ViT")
+    module, family = find_vision_module(model)
+    check(family.name != "SigLIP", "model", type(model).__name__, "one with a CLS token, such as CLIP or ViT")
     layers = module.layers if hasattr(module, "layers") else getattr(module.encoder, "layers", None) or module.encoder.layer
     wrong = [i for i in mixers if i not in range(len(layers))]
     check(not wrong, "layers", wrong, f"0 to {len(layers) - 1}")
