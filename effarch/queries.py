@@ -130,18 +130,19 @@ def from_blip2(theirs, queries, embeddings=None):
 
     queries: (1, Q, width) or (Q, width), what `query_tokens` is there; embeddings: a Blip2TextEmbeddings, or None: it reads no words."""
     config, weights, reads = theirs.config, theirs.state_dict(), embeddings is not None
+    check(config.hidden_act == "gelu", "hidden_act", config.hidden_act, "gelu")
     ours = QFormer(queries.shape[-2], config.hidden_size, config.encoder_hidden_size, config.num_hidden_layers,
                    config.num_attention_heads, config.cross_attention_frequency, config.vocab_size if reads else 0,
                    config.max_position_embeddings, config.intermediate_size, eps=config.layer_norm_eps)
     names = {"norm": "layernorm"}
     for i, layer in enumerate(ours.layers):
         mine, other = f"layers.{i}", f"encoder.layer.{i}"
-        for part, told in {"attention": "attention"}.items() | ({"cross": "crossattention"}.items() if layer.cross is not None else set()):
+        for part, told in [("attention", "attention"), ("cross", "crossattention")][: 1 if layer.cross is None else 2]:
             names |= {f"{mine}.{part}.{short}": f"{other}.{told}.attention.{long}" for short, long in dict(q="query", k="key", v="value").items()}
             names |= {f"{mine}.{part}.out": f"{other}.{told}.output.dense", f"{mine}.{part}_norm": f"{other}.{told}.output.LayerNorm"}
-        for part, end in (("mlp", "_query"), ("word_mlp", ""))[: 2 if reads else 1]:
+        for part, norm, end in [("mlp", "mlp_norm", "_query"), ("word_mlp", "word_norm", "")][: 2 if reads else 1]:
             names |= {f"{mine}.{part}.0": f"{other}.intermediate{end}.dense", f"{mine}.{part}.2": f"{other}.output{end}.dense",
-                      f"{mine}.{part[:-3]}norm" if end == "" else f"{mine}.mlp_norm": f"{other}.output{end}.LayerNorm"}
+                      f"{mine}.{norm}": f"{other}.output{end}.LayerNorm"}
     copied = {f"{mine}.{kind}": weights[f"{other}.{kind}"] for mine, other in names.items() for kind in ("weight", "bias")}
     copied["queries"] = queries.reshape(ours.queries.shape)
     if reads:
@@ -229,7 +230,7 @@ class Objectives(nn.Module):
         self.matches, self.writes = nn.Linear(width, 2), nn.Linear(width, qformer.embed.num_embeddings)
 
     def forward(self, picture, ids, generator=None):
-        """{itc, itm, itg}: losses of pairs picture (B, N, C) and ids (B, T) without a start; generator (CPU): draws the negatives."""
+        """{itc, itm, itg}: losses of pairs picture (B, N, C) and ids (B, T) without a start; generator: draws the negatives, on their device."""
         compared, written = (F.pad(ids, (1, 0), value=first) for first in (1, 2))
         seen, text = self.qformer(picture, compared, "itc", compared != 0)
         logits = contrast(self.picture(seen), self.text(text[:, 0])) / self.temperature
@@ -257,6 +258,6 @@ def hard_negatives(logits, generator=None):
     """For every text another picture and for every picture another text, (B,) each: the likelier, the more alike they are."""
     def draw(rows):
         chance = (rows.softmax(-1) + 1e-4).fill_diagonal_(0)
-        return torch.multinomial(chance.cpu(), 1, generator=generator)[:, 0].to(rows.device)
+        return torch.multinomial(chance, 1, generator=generator)[:, 0]
 
     return draw(logits.T), draw(logits)

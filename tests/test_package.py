@@ -151,6 +151,10 @@ tower = random_clip(smoke=True)[0].eval()
 moments = collect_moments(tower, [torch.randn(2, 3, 64, 64)])
 thin = slim_mlp(slim_attention(tower, moments, qk=8, vo=12), moments, 0.75)
 assert tower_macs(thin) < 0.8 * tower_macs(tower)""",
+    "queries": """from effarch.queries import QFormer, pool_patches
+patches, words = torch.randn(2, 196, 48), torch.randint(30, (2, 5))
+queries, states = QFormer(16, 32, 48, vocabulary=30)(patches, words, "itg")
+assert queries.shape == pool_patches(patches, (14, 14), 16)[..., :32].shape and states.shape == (2, 5, 32)""",
     "bench": """from effarch.bench import compare, ratio_interval, statements
 rows = compare({"a": lambda: x + 1, "b": lambda: x + 2}, rounds=3) if (x := torch.zeros(9)) is not None else None
 assert rows["a"]["n_runs"] == 3 and len(statements()) > 30""",

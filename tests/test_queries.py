@@ -554,6 +554,7 @@ def test_a_training_goes_on_where_it_was_and_the_judged_network_is_a_copy():
     (lambda: select_patches(torch.ones(1, 4, 2), torch.ones(1, 4), 5), "count=5 is not allowed; allowed: at most the 4 patches"),
     (lambda: merge_patches(torch.ones(1, 4, 2), 5), "count=5 is not allowed; allowed: 1 to 4, the patches"),
     (lambda: place_code((2, 2), 6), "width=6 is not allowed; allowed: a multiple of 4"),
+    (lambda: from_blip2(Blip2QFormerModel(Blip2QFormerConfig(**SHAPE, hidden_act="relu")), torch.ones(6, 32)), "hidden_act='relu' is not allowed; allowed: gelu"),
     (lambda: compose_mosaics(torch.ones(3, 3, 4, 4), torch.zeros(1, 3, dtype=torch.long), 8), "allowed: (mosaics, a square number of cells)")])
 def test_faults_are_told_in_one_line(fault, said):
     with pytest.raises(ValueError) as error:
