@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_gpu_ready import ends_on_the_gpu
 from torch import nn
 
 from effarch.bench import count_flops
@@ -156,3 +157,17 @@ def test_it_goes_through_autocast_state_dicts_and_double():
     assert (half.float() - model(x)).norm() < 0.03 * model(x).norm()
     double = with_form(model, "stock").double()
     torch.testing.assert_close(double(x.double()), hierarchical_reference(double, x.double()), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_on_a_gpu_nothing_crosses_the_devices(name):
+    ends_on_the_gpu(lambda: (with_form(MAKERS[name](), "stock"), [torch.randn(2, 70, 16)]))
+
+
+@pytest.mark.parametrize("order", [None, (0, 1), (1, 0)])
+def test_on_a_gpu_the_embedding_stays_there(order):
+    def build():
+        embed = ModalityEmbedding((9, 3), 8, order)
+        return lambda *x: embed(x), [torch.randint(9, (2, 12)), torch.randn(2, 12, 3)]
+
+    ends_on_the_gpu(build)

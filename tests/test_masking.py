@@ -436,6 +436,9 @@ def test_training_images_lie_beside_the_test_images_or_are_part_of_them(tmp_path
     assert len(learn) == 21 and (learn.pixels[:, 0] == 200).all() and len(judge) == 6 and (judge.pixels[:, 0] == 0).all()
     learn, judge, _ = captioned_images(test, alone, 9, 100, Size())
     assert len(learn) == 9 and len(judge) == 15 and (learn.pixels[:, 0] == 0).all()
+    folder_of(tmp_path / "two/train_other")
+    with pytest.raises(ValueError, match=r"^TRAIN_DATASET=None is not allowed; allowed: one of the folders beside .*: train_more, train_other$"):
+        captioned_images(test, None, 100, 6, Size())
 
 
 def test_images_without_classes_or_with_others_are_refused(tmp_path):

@@ -2,13 +2,13 @@
 
 import math
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from effarch.checks import check
 from effarch.clip.digits import digit_images
 from effarch.clip.images import NoImages, load_images
+from effarch.clip.labelled import training_folders
 
 LIGHT, TINT, PLACE = ("dark", "medium", "bright"), ("reddish", "greenish", "bluish"), ("top", "bottom", "left", "right")
 
@@ -54,12 +54,6 @@ class Captions:
         return torch.stack([numbers // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes)], 1)
 
 
-def beside(folder):
-    """The first folder train… next to a folder; None if there is none."""
-    own = Path(folder).expanduser().resolve()
-    return next((str(p) for p in sorted(own.parent.glob("train*")) if p.is_dir() and p != own), None)
-
-
 def coloured(images):
     """Digits in red, green and blue, so that words for colours mean something."""
     colour = (0.4 + 0.6 * torch.eye(3))[torch.arange(len(images)) % 3, :, None, None]
@@ -76,7 +70,9 @@ def captioned_images(dataset, train_dataset, learn, test, processor, seed=0, off
     kind, _, folder = dataset.partition(":")
     for name, value in (("DATASET", dataset), ("TRAIN_DATASET", train_dataset or dataset)):
         check(value.partition(":")[0] in ("cifar10", "imagefolder"), name, value, "cifar10, imagefolder:<path> (a folder per class)")
-    source = train_dataset or (dataset if kind == "cifar10" else f"imagefolder:{beside(folder)}" if beside(folder) else None)
+    beside = training_folders(folder) if kind == "imagefolder" and train_dataset is None else []
+    check(len(beside) < 2, "TRAIN_DATASET", train_dataset, f"one of the folders beside {dataset}: {', '.join(p.name for p in beside)}")
+    source = train_dataset or (dataset if kind == "cifar10" else f"imagefolder:{beside[0]}" if beside else None)
     try:
         if offline and kind == "cifar10":
             raise NoImages("a smoke run downloads nothing")

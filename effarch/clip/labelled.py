@@ -9,6 +9,12 @@ from effarch.checks import check
 from effarch.clip.images import load_images, preprocess, scaling
 
 
+def training_folders(folder):
+    """The folders beside an image folder whose names begin with train, sorted."""
+    own = Path(folder).expanduser().resolve()
+    return [p for p in sorted(own.parent.glob("train*")) if p.is_dir() and p != own]
+
+
 def training_images(dataset, count, processor, seed=0):
     """`count` training Images, stratified by class, for the test images that DATASET names.
 
@@ -17,8 +23,7 @@ def training_images(dataset, count, processor, seed=0):
     kind, _, rest = dataset.partition(":")
     check(kind in ("cifar10", "imagefolder"), "DATASET", dataset, "cifar10, imagefolder:<path>: others have no labels")
     if kind == "imagefolder":
-        test = Path(rest).expanduser().resolve()
-        beside = [p for p in sorted(test.parent.iterdir()) if p.is_dir() and p.name.startswith("train") and p != test]
+        beside = training_folders(rest)
         check(len(beside) == 1, "DATASET", dataset,
               f"a folder beside one of labelled training images, train…; found: {[p.name for p in beside] or 'none'}")
         dataset = f"imagefolder:{beside[0]}"
