@@ -19,11 +19,12 @@ from effarch.token_reduction import (
     token_reduction,
     trace_encoder,
 )
-from effarch.token_reduction.encoder import InputPruning, run_encoder
+from effarch.token_reduction.encoder import InputPruning, Reducer, drop, run_encoder
+from effarch.token_reduction.merging import match_alternating
 
 REFUSED = [family for family in FAMILIES if not family.adapter]
 NAMES = [name for name in SMALL_MODELS if name not in {family.name for family in REFUSED}]
-OTHERS = ("timm's ViT", "MobileCLIP-B", "EVA-CLIP", "OpenCLIP")
+OTHERS = ("timm's ViT", "MobileCLIP-B", "EVA-CLIP", "EVA-02-CLIP", "OpenCLIP")
 HUGGING_FACE = [name for name in NAMES if name not in OTHERS]
 
 
@@ -125,8 +126,10 @@ def test_with_fewer_tokens_prefix_and_patches_are_all_there_and_the_model_comes_
 def test_merging_equal_patches_changes_nothing(model, name, options):
     """Two kinds of patches, 48 of one and 16 of the other, without positions."""
     for place, p in [*model.named_parameters(), *model.named_buffers()]:
-        if "pos" in place:
+        if "pos" in place or "inv_freq" in place:
             p.zero_()
+        if place == "rope.pos_embed":  # sines and cosines
+            p[:, p.shape[1] // 2:] = 1
     kinds = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     choice = (torch.arange(64) % 8 >= 2).long()  # whole columns, so that each finds its like at the other parity
     picture = torch.cat([torch.cat([kinds[choice[8 * i + j]] for j in range(8)], -1) for i in range(8)], -2)[None]
@@ -183,7 +186,7 @@ def test_llava_writes(pixels):
         assert torch.equal(say(), before)
     with token_reduction(model, "ours", budget=0.6):
         assert say().shape == before.shape
-    with token_reduction(model, "vtp", budget=0.6), pytest.raises(ValueError, match="patches dropped by InputPruning=.*hidden states"):
+    with token_reduction(model, "vtp", budget=0.6), pytest.raises(ValueError, match="dropped by InputPruning=.*hidden states"):
         say()
 
 
@@ -201,6 +204,53 @@ def test_open_clip_models_around_both_kinds_of_towers(pixels):
         with token_reduction(model, "ours", budget=0.6):
             close(model.encode_image(x, normalize=True), encode_images(model, x, reducer))
         assert torch.equal(model.encode_image(x, normalize=True), before)
+
+
+def test_kept_patches_keep_their_rotary_positions(pixels):
+    """The library's own layers on half of the patches, each with its position."""
+    model, reducer = build("DINOv3"), InputPruning(0.5)
+    tokens = run_encoder(make_tower(model), pixels[:1], reducer, trace=True)
+    kept = (tokens.owner[0] >= 0).nonzero()[:, 0]
+    x, (cos, sin) = model.embeddings(pixels[:1])[:, kept], model.rope_embeddings(pixels[:1])
+    for layer in (model.layer if hasattr(model, "layer") else model.model.layer):
+        x = layer(x, position_embeddings=(cos[kept[5:] - 5], sin[kept[5:] - 5]))
+    assert len(kept) == 37
+    close(tokens.x, x)
+
+
+@pytest.mark.parametrize("name", ["DINOv3", "EVA-02-CLIP"])
+def test_an_order_of_patches_does_not_matter_where_positions_go_along(name, pixels):
+    class Shuffle(Reducer):
+        def at_input(self, tokens):
+            tokens.order = torch.cat([torch.arange(tokens.prefix), tokens.prefix + torch.randperm(64)]).expand(len(tokens.x), -1)
+            drop(tokens, tokens.order)
+
+    model = build(name)
+    close(encode_images(model, pixels, Shuffle()), encode_images(model, pixels))
+    merged = run_encoder(make_tower(model), pixels, reducer_for_budget("ours", 0.6, model, cls_only_last=False), trace=True)
+    first = merged.owner.gather(1, merged.place)  # a merged token stands where one of its parts stood
+    assert torch.equal(first, torch.arange(merged.x.shape[1]).expand_as(first)) and not torch.equal(merged.place, first)
+
+
+def test_a_summary_token_stands_nowhere(pixels):
+    model = build("DINOv3")
+    tokens = run_encoder(make_tower(model), pixels, InputPruning(0.5, "mean"))
+    assert (tokens.place[:, -1] == 0).all() and tokens.place.shape == tokens.x.shape[:2]
+    assert all(torch.equal(table[0], value * torch.ones(16)) for table, value in zip(tokens.rotary, (1, 0), strict=True))
+
+
+@pytest.mark.parametrize("prefix", [2, 3, 5])
+def test_tokens_in_front_are_as_if_they_were_one(prefix):
+    """The matching leaves them out, and otherwise is that of the CLS token and the patches alone."""
+    metric, weight = torch.randn(2, prefix + 21, 8), torch.rand(2, prefix + 21)
+    kept, rest, target = match_alternating(metric, 7, prefix, weight)
+    assert kept[:, :prefix].tolist() == [list(range(prefix))] * 2
+    assert rest.min() >= prefix and target.min() >= prefix
+    assert torch.equal(torch.cat([kept, rest], 1).sort(1).values, torch.arange(prefix + 21).expand(2, -1))
+    cut = [torch.cat([t[:, :1], t[:, prefix:]], 1) for t in (metric, weight)]
+    alone = match_alternating(cut[0], 7, 1, cut[1])
+    for found, one in zip((kept[:, prefix:], rest, target), (alone[0][:, 1:], *alone[1:]), strict=True):
+        assert torch.equal(found, one + prefix - 1)
 
 
 # what is not supported
@@ -223,7 +273,7 @@ def test_why_not_is_one_sentence(family, pixels):
 
 def test_the_table_is_whole():
     names = [family.name for family in FAMILIES]
-    assert len(set(names)) == len(names) and set(SMALL_MODELS) <= {*names, "LLaVA", "MobileCLIP-B"}
+    assert len(set(names)) == len(names) and set(SMALL_MODELS) <= {*names, "LLaVA", "MobileCLIP-B", "EVA-02-CLIP"}
     assert {family.name for family in FAMILIES if family.adapter} <= set(SMALL_MODELS)
 
 
@@ -243,11 +293,14 @@ def test_what_an_adapter_cannot_do_right_is_refused_by_name(clip):
 
 @pytest.mark.parametrize("options, words", [
     (dict(global_pool="map"), "global_pool='map' is not supported"), (dict(patch_drop_rate=0.5), "patch dropout is not supported"),
-    (dict(qk_norm=True), "normed queries and keys is not supported")])
+    (dict(qk_norm=True), "normed queries and keys is not supported"), (dict(reg_tokens=2), None)])
 def test_other_makes_of_timm_are_refused_by_name(options, words):
     pytest.importorskip("timm")
     from effarch.clip.towers.small import timm_vit
 
+    if words is None:
+        assert make_tower(timm_vit(**options)).prefix == 3
+        return
     with pytest.raises(TypeError, match=words) as error:
         make_tower(timm_vit(**options))
     one_line(error)
@@ -312,16 +365,16 @@ def test_last_hidden_state_is_never_one_token_without_a_word(clip, pixels):
         assert clip.vision_model(pixels).last_hidden_state is None, "the shortcut left one"
     with token_reduction(clip, "tome", budget=0.6, patch_tokens=False):
         assert 1 < clip.vision_model(pixels).last_hidden_state.shape[1] < 65
-    for name in ("ChineseCLIP", "AltCLIP", "BLIP", "BLIP-2", "ViT", "DINOv2"):
+    for name in ("ChineseCLIP", "AltCLIP", "BLIP", "BLIP-2", "ViT", "DeiT", "DINOv2", "DINOv2 with registers", "DINOv3"):
         other = build(name)
         with token_reduction(other, "ours", budget=0.6):
-            assert outputs(other, pixels)[0].shape[1] == 65
+            assert outputs(other, pixels)[0].shape[1] == 64 + make_tower(other).prefix
     head = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).eval()
     with token_reduction(head, "ours", budget=0.6):
         assert head(pixels).logits.shape == (3, 5), "its head reads the CLS token there"
 
 
-@pytest.mark.parametrize("name", ["CLIP", "DINOv2", "BLIP", "EVA-CLIP", "OpenCLIP"])
+@pytest.mark.parametrize("name", ["CLIP", "DINOv2", "DINOv3", "BLIP", "EVA-CLIP", "EVA-02-CLIP", "OpenCLIP"])
 def test_autocast_stays_close(name, pixels):
     model = build(name)
     with token_reduction(model, "ours", budget=0.6):
@@ -341,7 +394,7 @@ def gradient(model, pixels):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["CLIP", "SigLIP", "BLIP", "DINOv2", "EVA-CLIP", "OpenCLIP"])
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP", "BLIP", "DINOv2", "DINOv3", "EVA-CLIP", "EVA-02-CLIP", "OpenCLIP"])
 def test_gradients_flow_through_the_reducer(name, pixels):
     model = build(name)
     dense = gradient(model, pixels)

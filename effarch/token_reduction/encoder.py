@@ -17,7 +17,7 @@ class Tokens:
 
     x: torch.Tensor  # (B, N, D)
     pixels: torch.Tensor  # (B, 3, H, W), as given to the model
-    prefix: int  # tokens in front that must stay (CLS)
+    prefix: int  # tokens in front that must stay (CLS, registers)
     depth: int  # number of layers
     grid: tuple | None = None  # (rows, columns) of the patches
     layer: int = -1  # index of the current layer; -1 before the first
@@ -28,6 +28,8 @@ class Tokens:
     v: torch.Tensor | None = None
     logits_bias: torch.Tensor | None = None  # (B, 1, 1, N): log sizes added to that attention's logits
     owner: torch.Tensor | None = None  # (B, prefix + P): where each patch is now, -1 = dropped; if traced
+    rotary: tuple | None = None  # (cos, sin), (prefix + P, d) each, of the first tokens, where attention rotates by position
+    place: torch.Tensor | None = None  # (B, N) which of those tokens each one is; a merged one is the one it was merged into
     counts: list = field(default_factory=list)  # per layer (keys in attention, tokens in MLP)
     macs: int = 0  # multiply-adds per image so far, the reducer's own matrix products included
 
@@ -61,6 +63,9 @@ def attention_step(tokens, block, heads, queries=None, size_bias=1.0, implementa
     if tokens.sizes is not None and size_bias:
         bias = (tokens.sizes.log() * size_bias)[:, None, None].to(x.dtype)
     q, k, v = (split_heads(layer(y), heads) for layer, y in ((block.q, x[:, :m]), (block.k, x), (block.v, x)))
+    if tokens.rotary is not None:
+        cos, sin = (table[tokens.place][:, None] for table in tokens.rotary)
+        q, k = block.rotate(q, cos[:, :, :m], sin[:, :, :m]), block.rotate(k, cos, sin)
     mixed = attend(q, k, v, bias, implementation)
     tokens.x = tokens.x[:, :m] + block.out(mixed.transpose(1, 2).flatten(2))
     tokens.q, tokens.k, tokens.v, tokens.logits_bias = q, k, v, bias
@@ -83,6 +88,8 @@ def start_encoder(tower, pixels, layers=0, reducer=None, trace=False, interpolat
     tokens = Tokens(tower.embed(pixels, interpolate), pixels, tower.prefix, len(tower.blocks), grid)
     n = tokens.x.shape[1]
     tokens.macs = (n - tower.prefix) * tower.patch.weight.numel()
+    if tower.rotary is not None:
+        tokens.rotary, tokens.place = tower.rotary(pixels), torch.arange(n, device=pixels.device).repeat(len(pixels), 1)
     if trace:
         tokens.owner = torch.arange(n, device=pixels.device).repeat(len(pixels), 1)
     if reducer is not None:
@@ -140,7 +147,7 @@ def encode_images(model, pixel_values, reducer=None, implementation="sdpa", inte
 
 def select_images(tokens, index):
     """The images at `index` of a Tokens as a Tokens of their own; the original stays as it is."""
-    names = ("x", "pixels", "sizes", "q", "k", "v", "logits_bias", "owner")
+    names = ("x", "pixels", "sizes", "q", "k", "v", "logits_bias", "owner", "place")
     return replace(tokens, **{n: getattr(tokens, n)[index] for n in names if getattr(tokens, n) is not None})
 
 
@@ -187,6 +194,8 @@ def take(x, index):
 
 def track(tokens, kept, rest=None, target=None):
     """Record where every patch went: `rest` joins `target` (positions among the kept), else it is dropped."""
+    if tokens.place is not None:
+        tokens.place = tokens.place.gather(1, kept)
     if tokens.owner is None:
         return
     where = torch.full(tokens.x.shape[:2], -1, device=kept.device)
@@ -211,6 +220,8 @@ def append(tokens, token, size=None):
         sizes = torch.ones_like(tokens.x[..., 0], dtype=torch.float32) if tokens.sizes is None else tokens.sizes
         tokens.sizes = torch.cat([sizes, torch.ones_like(sizes[:, :1]) if size is None else size[:, None].float()], 1)
     tokens.x = torch.cat([tokens.x, token[:, None].to(tokens.x.dtype)], 1)
+    if tokens.place is not None:  # it stands nowhere, like the CLS token
+        tokens.place = F.pad(tokens.place, (0, 1))
 
 
 class InputPruning(Reducer):

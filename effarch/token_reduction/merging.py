@@ -50,9 +50,14 @@ def merge(tokens, kept, rest, target, keep_norm=False):
 def match_alternating(metric, merges, prefix=1, weight=None):
     """ToMe's matching (arXiv 2210.09461): tokens at even places (A) choose their most similar at odd ones (B).
 
-    metric: (B, N, C), compared by cosine in float32; prefix: 1 with a CLS token, else 0. The `merges` pairs with
+    metric: (B, N, C), compared by cosine in float32; prefix: tokens in front that stay. The `merges` pairs with
     the least loss merge: 1 - similarity, times the source's `weight` (B, N) if given. Returns kept (B, N - merges),
     A before B and each in order, rest and target (B, merges), as `merge` wants them."""
+    if prefix > 1:  # as with one; the others go back in front
+        parts = [None if t is None else torch.cat([t[:, :1], t[:, prefix:]], 1) for t in (metric, weight)]
+        kept, rest, target = match_alternating(parts[0], merges, 1, parts[1])
+        front = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+        return torch.cat([front, kept[:, 1:] + prefix - 1], 1), rest + prefix - 1, target + prefix - 1
     metric = F.normalize(metric.float(), dim=-1)
     similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
     loss = 1 - similarity if weight is None else (1 - similarity) * weight[:, ::2]
@@ -91,7 +96,7 @@ class MergeSimilar(Reducer):
         merges = min(self.merges(tokens), (n - tokens.prefix) // 2)
         if merges <= 0:
             return
-        metric = self.metric(tokens)
+        metric, n = self.metric(tokens), n - max(0, tokens.prefix - 1)
         tokens.macs += (n + 1) // 2 * (n // 2) * metric.shape[-1]
         merge(tokens, *match_alternating(metric, merges, tokens.prefix, self.weight(tokens)), keep_norm)
 

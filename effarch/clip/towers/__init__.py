@@ -9,7 +9,7 @@ from typing import Any
 from effarch.clip.towers.base import Block, Tower, attend, has, mean_of_patches, split_heads
 from effarch.clip.towers.clip_like import blip_tower, clip_tower, siglip_tower
 from effarch.clip.towers.other_libraries import open_clip_tower, timm_tower
-from effarch.clip.towers.vit_like import dino_tower, mae_tower, vit_tower
+from effarch.clip.towers.vit_like import dino_tower, dinov3_tower, mae_tower, vit_tower
 
 __all__ = ["FAMILIES", "Block", "Family", "Tower", "attend", "find_vision_module", "make_tower", "mean_of_patches", "project",
            "split_heads", "supported"]
@@ -34,16 +34,14 @@ FAMILIES = [
     Family("BLIP", ("BlipVisionModel",), blip_tower),
     Family("BLIP-2", ("Blip2VisionModel",), blip_tower),
     Family("ViT", ("ViTModel",), vit_tower),
+    Family("DeiT", ("DeiTModel",), vit_tower),
     Family("ViT-MAE", ("ViTMAEModel",), mae_tower),
     Family("DINOv2", ("Dinov2Model",), dino_tower),
+    Family("DINOv2 with registers", ("Dinov2WithRegistersModel",), dino_tower),
+    Family("DINOv3", ("DINOv3ViTModel",), dinov3_tower),
     Family("timm's ViT", ("VisionTransformer",), timm_tower, library="timm"),  # MobileCLIP-B is one
-    Family("EVA-CLIP", ("Eva",), timm_tower, library="timm"),  # the first; EVA-02 has rotary positions
+    Family("EVA-CLIP", ("Eva",), timm_tower, library="timm"),  # EVA-02-CLIP, too, and timm's DINOv3
     Family("OpenCLIP", ("VisionTransformer",), open_clip_tower, library="open_clip"),
-    Family("DeiT", ("DeiTModel",), why_not="merging spares one token in front, and DeiT has two"),
-    Family("DINOv2 with registers", ("Dinov2WithRegistersModel",),
-           why_not="merging spares one token in front, and the registers come after it"),
-    Family("DINOv3", ("DINOv3ViTModel",),
-           why_not="its attention rotates queries and keys by position, which the encoder loop does not take along"),
     Family("ALIGN", ("AlignVisionModel",), why_not="its EfficientNet is convolutional and has no patch tokens"),
     Family("MobileViT", ("MobileViTModel",),
            why_not="its patches go back into a feature map for convolutions after every stage, so none may be missing"),

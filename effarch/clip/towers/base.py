@@ -24,6 +24,7 @@ class Block:
     norm2: Callable
     mlp: Callable
     hidden: float  # width inside the MLP; a gated one, with three matrices instead of two, counts one and a half times
+    rotate: Callable | None = None  # queries or keys (B, heads, N, d), cos, sin (B, 1, N, d) → the same, rotated by position
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Tower:
     library: str = "transformers"  # whose calls the module answers: transformers, timm or open_clip
     calls: list = field(default_factory=list)  # modules that embed, finish and pool call
     dropout: float = 0.0  # of the attention weights, which the loop leaves out
+    rotary: Callable | None = None  # pixels → (cos, sin), (prefix + P, d) each, for the blocks' rotate
     output: Callable | None = None  # (last, pooled, hidden states, pixels) → what the module returns; None: the usual
 
     def skipped(self):
@@ -151,6 +153,22 @@ def mean_of_patches(x, sizes=None):
     if sizes is None:
         return x.float().mean(1).to(x.dtype)
     return ((x.float() * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
+
+
+def rotate_halves(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864) where channels i and i + d / 2 are one plane; cos, sin: of each channel's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def rotate_pairs(x, cos, sin):
+    """The same with neighbouring channels as planes."""
+    return (x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin).to(x.dtype)
+
+
+def with_prefix(cos, sin, prefix):
+    """(P, d) each → (prefix + P, d): the tokens in front stand nowhere, and are not rotated."""
+    return F.pad(cos, (0, 0, prefix, 0), value=1.0), F.pad(sin, (0, 0, prefix, 0))
 
 
 def split_heads(x, heads):

@@ -13,8 +13,11 @@ from effarch.clip.towers.base import (
     mean_of_patches,
     mlp_width,
     plain,
+    rotate_halves,
+    rotate_pairs,
     side_of,
     thirds,
+    with_prefix,
 )
 
 
@@ -36,11 +39,15 @@ def unsupported(module, *reasons):
             raise TypeError(f"{type(module).__name__} {text} is not supported")
 
 
+ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
+
+
 def timm_block(layer, width):
     """A Block of timm's ViT or EVA layer."""
     attention = layer.attn
     unsupported(layer, (type(layer).__name__ not in ("Block", "EvaBlock"), "as a layer"),
-                (type(attention).__name__ not in ("Attention", "EvaAttention"), f"with {type(attention).__name__}"),
+                (type(attention).__name__ not in ATTENTIONS, f"with {type(attention).__name__}"),
+                (getattr(attention, "num_kv_groups", 1) > 1, "with fewer keys than queries"),
                 (not isinstance(attention.q_norm, nn.Identity), "with normed queries and keys"),
                 (has(attention, "gate"), "with gated attention"),
                 (attention.head_dim * attention.num_heads != width, "with heads that do not add up to its width"))
@@ -54,7 +61,8 @@ def timm_block(layer, width):
                      for name, other in (("gamma_1", "ls1"), ("gamma_2", "ls2")))
     out = chain(getattr(attention, "norm", None), attention.proj, attention.proj_drop, first, layer.drop_path1)
     mlp = chain(layer.mlp, second, layer.drop_path2)
-    return Block(layer.norm1, q, k, v, out, layer.norm2, mlp, mlp_width(layer.mlp, width))
+    rotate = rotate_halves if getattr(attention, "rotate_half", False) else rotate_pairs
+    return Block(layer.norm1, q, k, v, out, layer.norm2, mlp, mlp_width(layer.mlp, width), rotate)
 
 
 def stem_of(embedding, width):
@@ -71,16 +79,24 @@ def stem_of(embedding, width):
 
 
 def timm_tower(module):
-    """timm's ViT (also MobileCLIP-B) and its EVA without rotary positions: the CLS token, or the mean of the patches."""
+    """timm's ViT (also MobileCLIP-B) and its EVA (also EVA-02 and DINOv3, with rotary positions): CLS, or the patches' mean."""
     emb, width, prefix, pooling = module.patch_embed, module.embed_dim, module.num_prefix_tokens, module.global_pool
-    drop = getattr(module, "patch_drop", None)
-    unsupported(module, (has(module, "rope"), "with rotary positions"), (prefix > 1, "with registers"),
+    drop, rope = getattr(module, "patch_drop", None), getattr(module, "rope", None)
+    unsupported(module, (getattr(module, "rope_mixed", False), "with positions of its own in every layer"),
+                (rope is not None and not prefix, "with rotary positions and no CLS token"),
+                (has(module, "dist_token"), "with a distillation token"),
                 (drop is not None and not isinstance(drop, nn.Identity), "with patch dropout"),
                 (pooling not in ("token", "avg"), f"with global_pool={pooling!r}"))
 
     def embed(pixels, interpolate=False):
         x = module._pos_embed(emb(pixels))
-        return x[0] if isinstance(x, tuple) else x  # EVA's rotary positions: none here
+        return x[0] if isinstance(x, tuple) else x  # EVA's rotary positions come from below
+
+    def rotary(pixels):
+        fixed = not module.dynamic_img_size and hasattr(rope, "feat_shape")
+        grid = [side // size for side, size in zip(pixels.shape[-2:], emb.patch_size, strict=True)]
+        sin, cos = (rope.get_embed() if fixed else rope.get_embed(shape=grid)).chunk(2, -1)
+        return with_prefix(cos, sin, prefix)
 
     norm, fc_norm = module.norm, module.fc_norm
 
@@ -94,6 +110,7 @@ def timm_tower(module):
         module=module, embed=embed, pre_norm=getattr(module, "norm_pre", nn.Identity()), blocks=blocks, finish=norm, pool=pool,
         pools=True, heads=module.blocks[0].attn.num_heads, prefix=prefix, patch=stem_of(emb, width), pool_macs=lambda n: 0,
         image_size=side_of(emb.img_size), library="timm", calls=[emb, module.pos_drop, fc_norm, module.head_drop, module.head],
+        rotary=rotary if rope is not None else None,
         dropout=module.blocks[0].attn.attn_drop.p)
 
 

@@ -34,6 +34,14 @@ def eva():
     return Eva(**TIMM, patch_size=8, global_pool="token", init_values=0.5)
 
 
+def eva02():
+    """EVA-02-CLIP's tower as timm has it: `eva02_base_patch16_clip_224`, smaller."""
+    from timm.models.eva import Eva
+
+    return Eva(**TIMM, patch_size=8, global_pool="token", qkv_fused=False, mlp_ratio=2, swiglu_mlp=True, scale_mlp=True,
+               scale_attn_inner=True, use_rot_pos_emb=True, ref_feat_shape=(7, 7))
+
+
 def timm_vit(**options):
     """A ViT of timm."""
     from timm.models.vision_transformer import VisionTransformer
@@ -82,6 +90,7 @@ SMALL_MODELS = {  # family → () → model; what needs timm or open_clip raises
     "timm's ViT": timm_vit,
     "MobileCLIP-B": mobileclip_b,
     "EVA-CLIP": eva,
+    "EVA-02-CLIP": eva02,
     "OpenCLIP": open_clip_vit,
     "ALIGN": partial(with_config, "AlignVisionModel", image_size=SIDE, width_coefficient=0.2, depth_coefficient=0.2),
     "MobileViT": partial(with_config, "MobileViTModel", image_size=SIDE),

@@ -1,4 +1,4 @@
-"""Adapters to the towers of image models in transformers: ViT, ViT-MAE, DINOv2."""
+"""Adapters to the towers of image models in transformers: ViT, DeiT, ViT-MAE, DINOv2 (also with registers), DINOv3."""
 
 from operator import attrgetter
 
@@ -6,7 +6,17 @@ import torch
 from torch import nn
 
 from effarch.checks import check
-from effarch.clip.towers.base import Block, Tower, chain, first_token, has, mlp_width, side_of
+from effarch.clip.towers.base import (
+    Block,
+    Tower,
+    chain,
+    first_token,
+    has,
+    mlp_width,
+    rotate_halves,
+    side_of,
+    with_prefix,
+)
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 OLD_NAMES = ("attention.query", "attention.key", "attention.value", "output.dense")  # DINOv2's; ViT's before transformers 5.6
@@ -18,7 +28,7 @@ def projections(attention):
 
 
 def vit_block(layer, width):
-    """A Block of ViT's or ViT-MAE's layer."""
+    """A Block of ViT's, DeiT's or ViT-MAE's layer."""
     q, k, v, out = projections(layer.attention)
     drop = layer.dropout if has(layer, "dropout") else layer.output.dropout
     mlp = layer.mlp if has(layer, "mlp") else chain(
@@ -28,7 +38,7 @@ def vit_block(layer, width):
 
 
 def dino_block(layer, width):
-    """A Block of DINOv2's layer, each branch scaled."""
+    """A Block of DINOv2's or DINOv3's layer, each branch scaled."""
     q, k, v, out = projections(layer.attention)
     drop = layer.attention.output.dropout if has(layer, "attention.output.dropout") else None
     return Block(layer.norm1, q, k, v, chain(out, drop, layer.layer_scale1, layer.drop_path), layer.norm2,
@@ -52,11 +62,15 @@ def assemble(module, block, embed, pool, pooler=None, **more):
 
 
 def vit_tower(module):
-    """ViT: the CLS token, through a linear layer if there is one."""
+    """ViT and DeiT, which has a distillation token behind CLS: the CLS token, through a linear layer if there is one."""
     norm, emb, pooler = module.layernorm, module.embeddings, getattr(module, "pooler", None)
+
+    def pool(x, _=None):
+        return pooler(norm(x)) if pooler else first_token(norm(x))
+
     return assemble(
-        module, vit_block, lambda pixels, interpolate=False: emb(pixels, interpolate_pos_encoding=interpolate), prefix=1,
-        pool=lambda x, _=None: pooler(norm(x)) if pooler else first_token(norm(x)), pooler=pooler, pools=pooler is not None,
+        module, vit_block, lambda pixels, interpolate=False: emb(pixels, interpolate_pos_encoding=interpolate),
+        prefix=2 if has(emb, "distillation_token") else 1, pool=pool, pooler=pooler, pools=pooler is not None,
         pool_macs=lambda n: module.config.hidden_size**2 if pooler else 0)
 
 
@@ -84,7 +98,21 @@ def mae_tower(module):
 
 
 def dino_tower(module):
-    """DINOv2: the normed CLS token; positions always fit the image's size."""
+    """DINOv2, with registers or without: the normed CLS token; positions always fit the image's size."""
     norm, emb = module.layernorm, module.embeddings
-    return assemble(module, dino_block, lambda pixels, interpolate=False: emb(pixels), prefix=1,
-                    pool=lambda x, _=None: first_token(norm(x)), pools=True, pool_macs=lambda n: 0)
+    return assemble(module, dino_block, lambda pixels, interpolate=False: emb(pixels), pools=True, pool_macs=lambda n: 0,
+                    prefix=1 + getattr(module.config, "num_register_tokens", 0), pool=lambda x, _=None: first_token(norm(x)))
+
+
+def dinov3_tower(module):
+    """DINOv3: CLS and registers in front, rotary positions of the patches in every layer."""
+    norm, emb, rope, config = module.norm, module.embeddings, module.rope_embeddings, module.config
+    prefix, layers = 1 + config.num_register_tokens, module.layer if hasattr(module, "layer") else module.model.layer
+    blocks = [dino_block(layer, config.hidden_size) for layer in layers]
+    for block in blocks:
+        block.rotate = rotate_halves
+    return Tower(
+        module=module, embed=lambda pixels, interpolate=False: emb(pixels), pre_norm=nn.Identity(), blocks=blocks, finish=norm,
+        pool=lambda x, _=None: first_token(norm(x)), pools=True, heads=config.num_attention_heads, prefix=prefix,
+        patch=emb.patch_embeddings, pool_macs=lambda n: 0, image_size=config.image_size, calls=[emb, rope],
+        dropout=config.attention_dropout, rotary=lambda pixels: with_prefix(*rope(pixels), prefix))
