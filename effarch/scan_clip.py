@@ -91,7 +91,7 @@ def landmark_maps(block, heads, x, states, sharpness=4.0, seed=0):
     return maps
 
 
-def hedgehog_maps(block, heads, dimensions=None):
+def hedgehog_maps(block, heads):
     """Two linear maps for φ(q) = softmax(±q), φ(k) = softmax(±k) (Hedgehog, LoLCATs): q's and k's own, scaled."""
     maps = [copy.deepcopy(layer) for layer in (block.q, block.k)]
     for linear in maps:
