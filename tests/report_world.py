@@ -124,6 +124,12 @@ def write_project_tables(root):
               for name, error in (("Baseline", 0.1), ("SplitMRSS r=8 α=0.875", 0.1 * half * math.exp(0.05 * (seed - 1))),
                                   ("SplitMRSS r=8 α=0.75", 0.05 * half), ("SplitMRSS r=16 α=0.875", 0.2 * half))]
     write_csv(place / "mrss_quality.csv", pd.DataFrame(errors))
+    errors = [dict(signal=task, task=task, variant=name, train_seed=seed, error=error * math.exp(0.05 * (seed - 1) * ("0" in name)), status="ok") | base
+              for seed in (0, 1, 2) for task, variants in dict(
+                  terrain={"Baseline": 0.2, "SplitMRSS α=0.75": 0.1}, text={"Baseline": 2.0, "SplitMRSS α=0.75": 2.2},
+                  airport={"Baseline": 0.9, "SplitMRSS α=0.5, aligned": 0.8, "SplitMRSS α=0.5, swapped": 1.0}).items()
+              for name, error in variants.items()]
+    write_csv(place / "signals_quality.csv", pd.DataFrame(errors))
     variants = {"attention (sdpa)": 0.01, "SSD transformers, Q=256": 0.2, "SSD transformers, Q=32": 0.1, "SSD (ours)": 0.02}
     timed(place, "scan_speed", base, [{"pass": "forward", "length": t, "variant": name, "ms": unit * t * (t / 256)**(name[0] == "a")}
                                       for name, unit in variants.items() for t in (128, 256, 512, 1024)])
@@ -141,6 +147,16 @@ def write_project_tables(root):
     write_csv(place / "scan_router.csv", pd.DataFrame(answers))
     timed(place, "scan_multirate", base, [{"pass": "forward", "length": t, "variant": name, "ms": ms}
                                           for t in (64, 128) for name, ms in (("full rate", 9), ("half at 1/4", 6))])
+    timed(place, "vision_speed", base, [dict(length=t, variant=name, ms=ms * t) for t in (196, 4096) for name, ms in (
+        ("transformer", t / 2), ("transformer, bfloat16", t / 4), ("two directions", 512), ("two directions, bfloat16", 600))])
+    answers = [dict(variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.02 * (seed - 1) * (name[:2] == "tw")), status="ok") | base
+               for seed in (0, 1, 2) for name, wrong in (("transformer", 0.1), ("one direction", 0.3), ("two directions", 0.2))]
+    write_csv(place / "vision_quality.csv", pd.DataFrame(answers))
+    hybrids = [dict(layers=layers, variant=name, fit=fit, cosine_mean=cosine, cosine_mean_low=cosine - 0.01, cosine_mean_high=cosine + 0.01,
+                    cosine_minus_mean=0.1, cosine_minus_mean_low=0.08, cosine_minus_mean_high=0.12, n_images=1000, status="ok") | base
+               for layers, name, fit, cosine in (("every second", "scan, exact CLS row", "end to end", 0.9), ("all", "scan, exact CLS row", "end to end", 0.7),
+                                                 ("every second", "scan, exact CLS row", "layer-wise", 0.8), ("every second", "scan", "end to end", 0.85))]
+    write_csv(place / "scan_clip_quality.csv", pd.DataFrame(hybrids))
     forms = [("explicit", 0, 1, 200.0), ("explicit, bmm", 0, 1, 100.0), ("blocked", 64, 64, 640.0), ("blocked", 8, 8, 640.0),
              ("hankel", 4, 1, 1.0), ("hankel", 8, 1, 2.0), ("hankel", 16, 1, 4.0)]
     timed(place, "kernel_distillation_latency", base,
@@ -189,6 +205,20 @@ def write_vision_tables(root):
         dict(form=f"{precision} · {tokens}", precision=precision, tokens=tokens, compiled=False, batch=batch, ms=ms * batch)
         for batch in (1, 8) for precision, tokens, ms in (("float32", "all tokens", 12), ("bfloat16", "all tokens", 6), ("int8", "all tokens", 15),
                                                           ("float32", "merged", 7), ("bfloat16", "merged", 3))])
+    grid = [dict(budget=budget, query_key=half, width_share=width, keep=keep, params_share=width, n_images=1000, status="ok") | base | with_ends(
+                names_agreement_minus_ours=change) for budget in (0.35, 0.5) for half, width, keep, change in (
+                    (1.0, 1.0, 0.6, 0.0), (0.5, 0.9, 0.7, -0.01), (0.5, budget, 1.0, -0.3))]
+    write_csv(place / "low_rank_grid.csv", pd.DataFrame(grid))
+    labels = [dict(domain=domain, method=method, shots=shots, n_images=1000, status="ok") | base | with_ends(gain_over_zero_shot=gain * (shots - 1))
+              for domain, more in (("CIFAR-10", 1), ("digits", 5)) for shots in (1, 16) for method, gain in (("GDA", 0.004 * more), ("text + class mean", 0.003))]
+    write_csv(place / "few_shot_methods.csv", pd.DataFrame(labels))
+    recipes = [dict(loss=loss, variant=name, budget=budget, n_trainings=3, status="ok") | base | with_ends(accuracy_minus_dense=change)
+               for loss in ("softmax", "sigmoid") for budget in ("equal steps", "equal seconds") for name, change in (
+                   ("random 50 %", 0.03), ("smaller image", 0.04), ("cluster 50 %", 0.01))]
+    write_csv(place / "masked_pretraining.csv", pd.DataFrame(recipes))
+    connectors = [dict(method=name, tokens=k, n_trainings=3, status="ok") | base | with_ends(accuracy_minus_pool=change)
+                  for k in (9, 16) for name, change in (("pool", 0.0), ("qformer", -0.2), ("place", -0.1), ("merge", -0.05))]
+    write_csv(place / "query_equal_seconds.csv", pd.DataFrame(connectors))
     fit = dict(shape="random-vit-b-16", batch=1, dtype="float32", attention="sdpa", method="dense", tokens_min=197,
                crossing_tokens=4000.0, crossing_tokens_low=3000.0, crossing_tokens_high=5000.0, status="ok")
     write_csv(place / "token_scaling_fits.csv", pd.DataFrame([fit | base]))

@@ -1,14 +1,24 @@
 """What the notebooks about scans share: tasks that need memory, their training, cases, agreement, crossings."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effarch.bench import half_type, redrawn, start
 from effarch.bench.recall import RECALL, choose_rates, error_ratio, learn_all, learn_recall, recall_counts
-from effarch.bench.sequences import Agreement, Case, attention_flops, crossing, measured, time_cases
+from effarch.bench.sequences import (
+    Agreement,
+    Case,
+    attention_flops,
+    crossing,
+    library_fits,
+    measured,
+    time_cases,
+)
 from effarch.bench.tables import Table
 
 LIMITS = dict(matmul_flops_per_s=1e9, copy_bytes_per_s=1e9)
@@ -46,6 +56,32 @@ def test_tasks_can_be_solved_from_what_they_show(task):
             answers = [row[row.index(row[t]) + 1] for t in places]
             assert len(places) == 4 and all(row.index(row[t]) < 8 and row.index(row[t]) % 2 == 0 for t in places)
         assert [asked[t] for t in places] == answers
+
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward+backward"])
+def test_what_the_librarys_path_writes_out_is_what_is_refused(kind):
+    """Its largest product, found by watching it run on meta tensors, is the one that the guard compares with its limit."""
+    scan = pytest.importorskip("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
+    run = SimpleNamespace(device=torch.device("cpu"))
+    for length, chunk, heads, width, states in ((64, 8, 2, 4, 3), (64, 2, 2, 4, 3), (64, 64, 2, 4, 3), (64, 4, 1, 32, 1), (8, 256, 2, 4, 2)):
+        class Largest(TorchDispatchMode):
+            numbers = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                if func is torch.ops.aten.mul.Tensor:
+                    self.numbers = max(self.numbers, out.numel())
+                return out
+
+        x, dt = torch.ones(1, length, heads, width, device="meta"), torch.ones(1, length, heads, device="meta")
+        A, B = torch.ones(heads, device="meta"), torch.ones(1, length, 1, states, device="meta")
+        with Largest() as largest:
+            scan(x, dt, A, B, B, chunk)
+        gib = 4 * largest.numbers / 2**30 * (1 if kind == "forward" else 2)
+        given = (run, kind, 1, length, chunk, heads, width, states)
+        assert library_fits(*given, gib=1.001 * gib) and not library_fits(*given, gib=0.9 * gib)
+        assert library_fits(SimpleNamespace(device=torch.device("cuda")), *given[1:], gib=0)
 
 
 def test_the_same_seed_gives_the_same_data_and_training():

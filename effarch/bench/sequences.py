@@ -39,6 +39,17 @@ class Case(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
+def library_fits(run, kind, batch, length, chunk, heads, head_width, states, gib=5.0):
+    """Whether the eager Mamba-2 path of transformers can be timed: on a CPU, no product that it writes out is above `gib`
+    (half of it with gradients), since the system ends a process that takes all memory. On a GPU that is a row, as everywhere.
+
+    Its products, each before its sum: C Bᵀ and its use within chunks, inputs to states, chunk to chunk for all pairs."""
+    chunks = -(-length // chunk)
+    length, pairs = chunks * chunk, (chunks + 1) ** 2 * heads * head_width * states
+    largest = 4 * batch * max(length * chunk * heads * max(states, head_width), length * heads * head_width * states, pairs) / 2**30
+    return run.device.type == "cuda" or largest <= (gib if kind == "forward" else gib / 2)
+
+
 def time_cases(table, cases, kind, limits, known=None, **columns):
     """Compare {name: (x, module)}, one row each; notes its memory and, going forward, FLOPs and the least possible time.
 

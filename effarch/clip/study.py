@@ -51,7 +51,7 @@ def prepare(run, location, dataset, n_images):
         images = load_images(f"synthetic:{side}", 64, checkpoint.processor, run.seed)
         why_not = why_not or f"no images ({error})"
     if run.smoke and images.labels is None:
-        images.labels, images.classes = torch.arange(len(images)) % 3, ["a", "b", "c"]
+        images.labels, images.classes = torch.arange(len(images)) % 3, ["cat", "dog", "ship"]
     why_not = why_not or ("noise images" if images.source.startswith("synthetic") and not run.smoke else "")
     text, templates, names, zero_shot = None, None, None, None
     if images.classes and checkpoint.tokenize and not why_not:

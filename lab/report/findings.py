@@ -18,6 +18,7 @@ from lab.report.select import (
     Times,
     at_least,
     begins,
+    differs,
 )
 from lab.report.text import short, with_span
 
@@ -127,10 +128,11 @@ def collect(places, findings=None):
 
 # Shorthands for the table below
 
-MRSS, SCAN, LAYERS, MULTI, DISTIL = (f"ssm/{name}" for name in (
-    "mrss_proxy_experiment", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels"))
-PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN, HARDWARE = (f"vlm/{name}" for name in (
-    "clip_pruning", "token_merging", "token_reduction", "photographs", "token_scaling", "qwen_pruning", "hardware"))
+MRSS, SIGNALS, SCAN, LAYERS, MULTI, DISTIL, SEES, SCAN_CLIP = (f"ssm/{name}" for name in (
+    "mrss_proxy_experiment", "real_signals", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels", "vision_mamba", "scan_clip"))
+PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN, HARDWARE, FUSION, SHOTS, MASKED, QUERIES = (f"vlm/{name}" for name in (
+    "clip_pruning", "token_merging", "token_reduction", "photographs", "token_scaling", "qwen_pruning", "hardware", "low_rank_fusion", "few_shot",
+    "masked_pretraining", "query_tokens"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
 ATTENTION, MAMBA2 = (dict(variant=begins(name), latency_ms_median=min) for name in ("attention", "Mamba-2 (ours)"))  # the faster precision
@@ -150,6 +152,11 @@ def design_speed(design, kind="forward", experiment="designs"):
 def design_error(task, design=SPLIT):
     """Error of one of our designs over the baseline's."""
     return Errors("mrss_quality", design, BASELINE, dict(task=task), pooled=True)
+
+
+def signal_error(task, one="SplitMRSS α=0.75", other="Baseline"):
+    """Error of one design over another's on a signal that nobody made for it."""
+    return Errors("signals_quality", dict(variant=one), dict(variant=other), dict(task=task))
 
 
 def scan_speed(other):
@@ -182,6 +189,32 @@ def decoding(other):
 def distilled_error(task, kind="free"):
     """Output error at ten times fewer numbers, by the best method for each training."""
     return Least("kernel_distillation_quality", "output_error", dict(task=task, kind=kind, saving=at_least(10)), unit="%")
+
+
+def hybrid(column, unit=""):
+    """A cell of the towers with a scan in every second layer, after all training."""
+    return Cell("scan_clip_quality", column, dict(layers="every second", variant="scan, exact CLS row", fit="end to end"), unit)
+
+
+def seeing_speed(length=max):
+    """Time of a transformer layer over that of two Vision Mamba blocks with as many parameters, each in its faster precision."""
+    return Times("vision_speed", *(dict(variant=begins(name), latency_ms_median=min) for name in ("transformer", "two directions")),
+                 dict(length=length))
+
+
+def few_labels(method, column="gain_over_zero_shot", shots=max):
+    """A cell of the comparison of ways to learn from a few labels, on the images themselves (not the far domain)."""
+    return Cell("few_shot_methods", column, dict(domain=differs("digits"), method=method, shots=shots), "points", ("shots",))
+
+
+def masked(variant, budget="equal seconds"):
+    """Change of accuracy that a recipe brings to training a CLIP."""
+    return Cell("masked_pretraining", "accuracy_minus_dense", dict(loss="softmax", variant=variant, budget=budget), "points")
+
+
+def queried(method):
+    """Change of accuracy against average pooling to as many tokens, after equal seconds of training."""
+    return Cell("query_equal_seconds", "accuracy_minus_pool", dict(method=method, tokens=16), "points", ("tokens",))
 
 
 def feature_kept(method):
@@ -242,6 +275,18 @@ FINDINGS = [
         beside=dict(scales=design_error("multi-timescale"), control=design_error("short-timescale"),
                     mild=design_error("digits", MILD), coarse=design_error("digits", COARSE))),
     Finding(
+        "signals", SIGNALS, "And on signals that nobody made for it?", signal_error("terrain"),
+        "On the heights of a terrain, SplitMRSS with three quarters of its channels slow has {value} the baseline's error.",
+        below="Better on a smooth one: {short} the error.", above="{short} the error.",
+        more="On text (the next byte of a library's source) {text}.", beside=dict(text=signal_error("text"))),
+    Finding(
+        "modalities", SIGNALS, "Should a slow modality be given the slow channels?",
+        signal_error("airport", "SplitMRSS α=0.5, aligned", "SplitMRSS α=0.5, swapped"),
+        "On an airport's year, with its departures (fast) and the weather of the hour (slow) in one sequence, that has {value} the error of the other "
+        "way round.",
+        below="Yes: {short} the error.", above="No: {short} the error.", more="Against the same layer with all channels at the full rate: {full}.",
+        beside=dict(full=signal_error("airport", "SplitMRSS α=0.5, aligned"))),
+    Finding(
         "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION),
         "At {length} tokens a whole Mamba-2 layer is {value} as fast as an attention layer, each in its faster precision, and {early} "
         "at {early_length}.",
@@ -289,6 +334,23 @@ FINDINGS = [
         "error, by the best method for each.",
         limit=0.01, below="Yes.", above="No: {short} error.", more="On digits {digits}; trained as state spaces, on text, {s4d}.",
         beside=dict(digits=distilled_error("digits"), s4d=distilled_error("text", "s4d"))),
+    Finding(
+        "vision_speed", SEES, "Is a scan over patches faster than attention?", seeing_speed(),
+        "At {length} patches two Vision Mamba blocks are {value} as fast as a transformer layer with as many parameters, each in its faster "
+        "precision, and {early} at {early_length}.",
+        below="No, up to {length} patches: {short} as fast.", above="At {length} patches: {short} as fast.",
+        beside=dict(early=seeing_speed(min))),
+    Finding(
+        "vision_error", SEES, "Does it see as well?",
+        Errors("vision_quality", dict(variant="two directions"), dict(variant="transformer"), {}, "accuracy", "seed_of_model", accuracy=True),
+        "On handwritten digits, with as many parameters and as many steps, Vision Mamba makes {value} the errors of a transformer.",
+        below="Better: {short} the errors.", above="No: {short} the errors."),
+    Finding(
+        "scan_clip", SCAN_CLIP, "Can a scan stand in for attention in a pretrained CLIP?", hybrid("cosine_mean"),
+        "With a scan in every second layer, initialised from its queries, keys and values and distilled for minutes, the feature has a cosine of "
+        "{value} to the original's.",
+        limit=0.93, below="Not closely: cosine {short}.", above="In every second layer, yes: cosine {short}.",
+        more="That is {gain} over the mean of values in its place, trained alike.", beside=dict(gain=hybrid("cosine_minus_mean"))),
     Finding(
         "original", PRUNING, "Does the original token pruning keep the accuracy?",
         Either((Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
@@ -365,4 +427,27 @@ FINDINGS = [
         below="Behind the vision tower.", above="Not behind the vision tower: inside it {short} as fast.",
         more="Over all tokens: before the tower {before}, inside {inside}, behind it {after}, in the language model {language}.",
         beside={where: prompt_speed(where) for where in ("before", "inside", "after", "language")}),
+    Finding(
+        "fusion", FUSION, "At half the compute: thinner layers or fewer tokens?",
+        Cell("low_rank_grid", "names_agreement_minus_ours", dict(budget=0.5, keep=1.0), "points", ("params_share",)),
+        "With heads and hidden layers thinned (and repaired) to half of the multiply-adds, {value} of answers that stay, compared with merging "
+        "tokens to the same budget; the answers are ImageNet's names.",
+        limit=0.0, below="Fewer tokens: thinning loses {short}.", above="Thinner layers: {short} more.", undecided="Undecided."),
+    Finding(
+        "few_shot", SHOTS, "What do a few labels add?", few_labels("GDA"),
+        "With {shots} labelled images a class, Gaussian discriminant analysis answers {value} more than the head made of names alone.",
+        limit=0.0, below="Nothing: {short}.", above="{short}.",
+        more="With {one_shots} label a class {one}; there, adding the class means to the texts brings {means}.",
+        beside=dict(one=few_labels("GDA", shots=min), means=few_labels("text + class mean", shots=min))),
+    Finding(
+        "masked", MASKED, "Does masking pay when a CLIP is trained for equal time?", masked("random 50 %"),
+        "A small CLIP that sees a random half of every image, trained for the seconds that dense training takes, changes class accuracy by {value}.",
+        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", more="A smaller image: {smaller}; masked by clusters: {cluster}.",
+        beside=dict(smaller=masked("smaller image"), cluster=masked("cluster 50 %"))),
+    Finding(
+        "queries", QUERIES, "Do learned queries beat pooling?", queried("qformer"),
+        "After equal seconds of training, a Q-Former that hands on {tokens} tokens changes the right answers about mosaics by {value}, compared "
+        "with average pooling to as many.",
+        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", more="With queries that start from a place: {place}; merging: {merge}.",
+        beside=dict(place=queried("place"), merge=queried("merge"))),
 ]

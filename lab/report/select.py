@@ -93,6 +93,11 @@ def begins(start):
     return Condition(f"{start}…", lambda value: str(value).startswith(start))
 
 
+def differs(other):
+    """Values other than `other`."""
+    return Condition(f"not {other}", lambda value: value != other)
+
+
 def is_extreme(wanted):
     return wanted is min or wanted is max
 
