@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.text import Text
 from PIL import Image
 
 from effarch import bench
@@ -829,6 +830,23 @@ def draw(run, name="f", **words):
     fig, ax = plt.subplots()
     ax.plot([1, 2], **bench.series_style(0))
     bench.save_figure(run, fig, name, "a line", n="3 rounds", **words)
+
+
+@pytest.mark.parametrize("where", ["outside upper center", "outside lower center", None])
+def test_a_long_title_and_a_legend_at_the_top_stand_clear_of_each_other(where):
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    ax.plot([1, 2], label="a line")
+    fig.legend(loc=where) if where else None
+    fig.suptitle("a finding that is told in so many words that it has to be broken into several lines, " * 2)
+    bench.figures.place_headline(fig)
+    fig.canvas.draw()
+    texts = [text for text in fig.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in texts]
+    assert any(text.get_text().count("\n") > 1 for text in texts)
+    long = [i for i, text in enumerate(texts) if "finding" in text.get_text() or text.get_text() == "a line"]
+    assert all(0 <= boxes[i].x0 and boxes[i].x1 <= fig.bbox.width and boxes[i].y1 <= fig.bbox.height for i in long)
+    assert not any(boxes[i].overlaps(boxes[j]) for i in long for j in range(len(boxes)) if i != j)
+    plt.close(fig)
 
 
 def test_figure_is_the_same_bytes_twice_and_says_what_it_shows(run):

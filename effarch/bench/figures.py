@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -52,6 +53,7 @@ def save_figure(run, fig, name, alt, n=None, photo=False):
     commit = run.row["git_commit"]
     facts += [f"commit {commit}{'+' if run.row['git_dirty'] else ''}"] if commit else []
     fig.supxlabel(" · ".join(filter(None, facts)), fontsize=8, color="#555555", x=0.99, ha="right")
+    place_headline(fig)
     if run.smoke:
         fig.text(0.5, 0.5, "smoke run: not a result", fontsize=30, color="#D55E00", alpha=0.25,
                  ha="center", va="center", rotation=20)
@@ -62,6 +64,20 @@ def save_figure(run, fig, name, alt, n=None, photo=False):
     show(fig, picture, alt)
     plt.close(fig)
     print(f"{name}: {alt}")
+
+
+def place_headline(fig, size=13):
+    """Break a figure's title so that it fits, and put it above a legend that stands outside at the top: the layout knows of
+    one or the other, and would draw them over each other."""
+    text = fig.get_suptitle()
+    if not text:
+        return
+    broken = "\n".join(textwrap.fill(line, round(9 * fig.get_figwidth())) for line in text.split("\n"))
+    above = [legend for legend in fig.legends if getattr(legend, "_outside_loc", None) == "upper"]
+    fig.suptitle("" if above else broken, fontsize=size)
+    if above:
+        above[0].set_title(broken, prop=dict(size=size))
+        above[0].get_title().set_multialignment("center")
 
 
 def show(fig, picture, alt):
