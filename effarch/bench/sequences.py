@@ -39,7 +39,7 @@ class Case(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
-def library_fits(run, kind, batch, length, chunk, heads, head_width, states, gib=5.0):
+def library_fits(run, kind, batch, length, chunk, heads, head_width, states, gib=3.0):
     """Whether the eager Mamba-2 path of transformers can be timed: on a CPU, no product that it writes out is above `gib`
     (half of it with gradients), since the system ends a process that takes all memory. On a GPU that is a row, as everywhere.
 

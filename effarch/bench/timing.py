@@ -140,6 +140,8 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     if wide:
         print(f"a noisy machine: after {done} rounds {len(wide)} of {len(rows)} ratios are known less well than "
               f"±{width:.0%}: {', '.join(map(str, wide[:5]))}{' …' if len(wide) > 5 else ''}", flush=True)
+    if keeping:  # what one comparison has freed would stand beside the next one's tensors, of other sizes
+        glibc("malloc_trim", 0)
     return rows
 
 
@@ -168,10 +170,10 @@ def tensor_bytes(tensors):
     return sum(storages.values())
 
 
-def mallopt(option, value):
-    """Set an option of glibc's allocator; elsewhere nothing happens."""
+def glibc(function, *given):
+    """Call a function of glibc's allocator; elsewhere nothing happens."""
     try:
-        ctypes.CDLL(None).mallopt(option, value)
+        getattr(ctypes.CDLL(None), function)(*given)
     except (AttributeError, OSError, TypeError):  # not glibc: leave it as it is
         pass
 
@@ -187,8 +189,8 @@ def keep_freed_memory():
     measures that instead of the layers."""
     global keeping
     keeping = True
-    mallopt(MMAP_MAX, 0)
-    mallopt(TRIM_THRESHOLD, -1)
+    glibc("mallopt", MMAP_MAX, 0)
+    glibc("mallopt", TRIM_THRESHOLD, -1)
 
 
 @contextmanager
@@ -197,11 +199,11 @@ def large_tensors_apart():
     they freed, until no large tensor fits there any more: 1000 steps of 16 MiB took 16 GiB."""
     try:
         if keeping:
-            mallopt(MMAP_MAX, 65536)  # glibc's default
+            glibc("mallopt", MMAP_MAX, 65536)  # glibc's default
         yield
     finally:
         if keeping:
-            mallopt(MMAP_MAX, 0)
+            glibc("mallopt", MMAP_MAX, 0)
 
 
 def peak_memory(fn, device, resident=()):
