@@ -30,7 +30,7 @@ from effarch.bench.intervals import (
 )
 from effarch.bench.run import Run, start
 from effarch.bench.settings import choice, count, listing, number, share, text
-from effarch.bench.tables import Table, read_csv, write_csv
+from effarch.bench.tables import Table, read_csv, value_of, write_csv
 from effarch.bench.timing import (
     attempt,
     ceilings,
@@ -49,5 +49,5 @@ __all__ = [
     "LINES", "MARKERS", "PALETTE", "STYLE", "interval_bars", "pareto_front", "power_ticks", "save_figure", "series_style",
     "Estimate", "bootstrap_mean", "count_ratio", "decide", "fit_loglog", "ratio_interval", "redrawn", "seed_ratio", "t_interval",
     "wilson", "with_interval", "Run", "start", "choice", "count", "listing", "number", "share", "text", "Table", "read_csv",
-    "write_csv", "attempt", "ceilings", "compare", "count_flops", "half_type", "limit_ms", "one_pass", "peak_memory", "synchronize", "tensor_bytes",
+    "value_of", "write_csv", "attempt", "ceilings", "compare", "count_flops", "half_type", "limit_ms", "one_pass", "peak_memory", "synchronize", "tensor_bytes",
 ]

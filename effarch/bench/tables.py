@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import time
 
@@ -14,6 +15,13 @@ from effarch.checks import check
 
 # kept for as long as this process lives: a second run on the same files is refused, a dead one frees them
 _open_journals = {}
+
+
+def value_of(table, column, **where):
+    """The value of a column in the one row of a data frame whose other columns have these values; NaN if there is not one."""
+    for name, wanted in where.items():
+        table = table[table[name] == wanted] if name in table else table.iloc[:0]
+    return table[column].iloc[0] if len(table) == 1 and column in table else math.nan
 
 
 class Table:
