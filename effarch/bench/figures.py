@@ -20,8 +20,8 @@ STYLE = {
 
 
 def series_style(i):
-    """Colour, marker and line style of series number i: told apart without colour, too."""
-    return dict(color=PALETTE[i % 8], marker=MARKERS[i % 8], linestyle=LINES[i // 2 % 4])
+    """Colour, marker and line style of series number i: told apart without colour, too. From the ninth on they are grey."""
+    return dict(color=PALETTE[i] if i < 8 else "#999999", marker=MARKERS[i % 8], linestyle=LINES[i // 2 % 4])
 
 
 def power_ticks(axis, values):
