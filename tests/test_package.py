@@ -151,6 +151,14 @@ tower = random_clip(smoke=True)[0].eval()
 moments = collect_moments(tower, [torch.randn(2, 3, 64, 64)])
 thin = slim_mlp(slim_attention(tower, moments, qk=8, vo=12), moments, 0.75)
 assert tower_macs(thin) < 0.8 * tower_macs(tower)""",
+    "compression": """from effarch.clip.checkpoints import random_clip
+from effarch.compression import Gates, gate_value, kept_anywhere, slice_units
+model = random_clip(smoke=True)[0].eval()
+gates = Gates(model)  # in training: gates.draw(generator) before each step, a Pressure(gates, 0.5, steps) beside the loss
+kept = kept_anywhere(gates.log_alpha + torch.randn(len(gates.costs)), gates.groups, 0.5)
+gates.remove()
+small = slice_units(model, kept, gates.groups, gate_value(gates.log_alpha.detach()))
+assert small.get_image_features(pixel_values=torch.randn(2, 3, 64, 64)) is not None""",
     "queries": """from effarch.queries import QFormer, pool_patches
 patches, words = torch.randn(2, 196, 48), torch.randint(30, (2, 5))
 queries, states = QFormer(16, 32, 48, vocabulary=30)(patches, words, "itg")
