@@ -264,7 +264,7 @@ class Student(nn.Module):
         if "contrastive" in self.losses:
             terms["contrastive"] = contrastive_loss(images, texts[which], captions, scale)
         if "logits" in self.losses:
-            terms["logits"] = self.weight * logit_loss(images, texts[which], wanted[0], wanted[1][which], scale, teacher.logit_scale.exp())
+            terms["logits"] = self.weight * logit_loss(images, texts[which], wanted[0], wanted[1][which], scale, teacher.logit_scale.detach().exp())
         for name, loss in (("hidden", hidden_loss), ("attention", attention_loss)):
             if name in self.losses:
                 terms[name] = self.weight * loss(self.seen, self.wanted, self.same)
