@@ -60,12 +60,12 @@ def unit_groups(model, towers=TOWERS, by="parameters"):
     by: 'parameters', or 'multiply-adds' of one image and one caption of full length."""
     check(set(towers) <= set(TOWERS) and towers, "towers", towers, ", ".join(TOWERS))
     check(by in ("parameters", "multiply-adds"), "by", by, "parameters, multiply-adds")
-    vision, text = model.config.vision_config, model.config.text_config
+    layers, vision, text = tower_layers(model), model.config.vision_config, model.config.text_config
     tokens = {"vision": (vision.image_size // vision.patch_size) ** 2 + 1, "text": text.max_position_embeddings}
     groups = []
     for tower in towers:
         n = tokens[tower]
-        for i, layer in enumerate(tower_layers(model)[tower]):
+        for i, layer in enumerate(layers[tower]):
             (rows, width), d = layer.self_attn.q_proj.weight.shape, layer.self_attn.head_dim
             head, channel = (3 * d * (width + 1) + d * width, 2 * width + 1) if by == "parameters" else (4 * n * d * width + 2 * n * n * d, 2 * n * width)
             groups += [Group(tower, i, "heads", rows // d, head), Group(tower, i, "channels", layer.mlp.fc1.out_features, channel)]
@@ -336,13 +336,15 @@ def taylor_scores(student, batches):
 class Pressure:
     """EfficientVLM's Lagrangian (arXiv 2210.07795) on the expected size of Gates: a loss, and the steps of gates and multipliers.
 
-    target: share of the cost to reach; ramp: share of the `steps` in which the wanted size falls from 1 to it. gate_rate: Adam's for log α,
-    multiplier_rate: Adam's for the multipliers, which rise."""
+    target: share of the cost to reach; ramp: share of the `steps` in which the wanted size falls from 1 to it. gate_rate: Adam's for log α; None:
+    enough to close gates within the steps. multiplier_rates: Adam's for λ₁ and λ₂, which are ascended. λ₂ leads by far: where λ₁ does, it
+    goes on pressing long after the size is reached. Hence Adam's short memory, too."""
 
-    def __init__(self, gates, target, steps, ramp=0.5, gate_rate=0.2, multiplier_rate=1.0):
+    def __init__(self, gates, target, steps, ramp=0.5, gate_rate=None, multiplier_rates=(0.1, 50.0)):
         self.gates, self.target, self.ramp, self.done = gates, check_share(target, "target"), max(1, round(ramp * check_count(steps, "steps"))), 0
-        self.multipliers = torch.zeros(2, device=gates.log_alpha.device, requires_grad=True)
-        self.optimisers = [torch.optim.Adam([gates.log_alpha], lr=gate_rate), torch.optim.Adam([self.multipliers], lr=multiplier_rate, maximize=True)]
+        self.multipliers = [torch.zeros((), device=gates.log_alpha.device, requires_grad=True) for _ in multiplier_rates]
+        self.optimisers = [torch.optim.Adam([gates.log_alpha], lr=gate_rate or min(0.5, 6 / steps), betas=(0.5, 0.99)), torch.optim.Adam(
+            [dict(params=[value], lr=rate) for value, rate in zip(self.multipliers, multiplier_rates, strict=True)], maximize=True)]
 
     def __call__(self):
         """λ₁ (s - t) + λ₂ (s - t)², a scalar."""

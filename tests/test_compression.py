@@ -137,7 +137,7 @@ def test_a_gradient_reaches_every_gate_and_agrees_with_a_difference(clip):
         for step in (1e-4, -1e-4):
             gates.values = values.clone()
             gates.values[i] += step
-            sides.append(float(see()))
+            sides.append(float(see().detach()))
         gates.values = values
         assert abs((sides[0] - sides[1]) / 2e-4 - float(gradient[i])) < 1e-5
 
@@ -210,7 +210,7 @@ def test_moments_are_those_of_what_enters_the_second_matrices(clip):
     moments = collect_moments(clip, [(FEW[:2], WORDS[:3]), (FEW[2:], WORDS[3:])])
     hook.remove()
     rows = torch.cat(seen)
-    close(moments["text", 1, "channels"].second, rows.T @ rows / len(rows), 1e-6)
+    close(moments["text", 1, "channels"].second, rows.T @ rows / len(rows), 1e-5)
     assert set(moments) == {(g.tower, g.layer, g.kind) for g in unit_groups(clip)}
     assert not any(part._forward_pre_hooks for part in clip.modules())
 
@@ -223,7 +223,7 @@ def test_rules_by_hand(clip):
     wanted = {"Wanda": (found.second.diagonal()[head] * out.double().square().sum(0)).sum(),
               "magnitude": sum(getattr(layer.self_attn, f"{x}_proj").weight[head].square().sum() for x in "qkv") + out.square().sum()}
     for rule, value in wanted.items():
-        assert float(unit_scores(clip, groups, rule, moments)[1]) == pytest.approx(float(value) ** 0.5, rel=1e-5)
+        assert float(unit_scores(clip, groups, rule, moments)[1]) == pytest.approx(float(value.detach()) ** 0.5, rel=1e-5)
     assert set(RULES) == {"random", "magnitude", "Wanda", "least squares"}
 
 
@@ -329,11 +329,11 @@ def test_equal_seeds_train_alike_and_the_scale_is_kept(clip):
 
 # the Lagrangian
 
-@pytest.mark.parametrize("target", [0.3, 0.7])
-def test_the_constraint_is_reached_within_two_percent(clip, target):
+@pytest.mark.parametrize(("target", "steps"), [(0.3, 60), (0.7, 60), (0.5, 30)])
+def test_the_constraint_is_reached_within_two_percent(clip, target, steps):
     gates = Gates(clip)
-    pressure = Pressure(gates, target, 60)
-    sliced = train_student(Student(clip, gates=gates, pressure=pressure), PAIRS, 60, 1e-3, batch=8)
+    pressure = Pressure(gates, target, steps)
+    sliced = train_student(Student(clip, gates=gates, pressure=pressure), PAIRS, steps, 1e-3, batch=8)
     assert abs(float(gates.size().detach()) - target) < 0.02
     kept = kept_anywhere(gates.log_alpha, gates.groups, target)
     assert abs(size_left(kept, gates.groups) - target) < 0.02 and torch.isfinite(both(sliced)).all()
@@ -346,14 +346,14 @@ def test_the_wanted_size_falls_and_multipliers_rise(clip):
     for _ in range(6):
         loss = pressure()
         loss.backward()
-        gaps.append(pressure.multipliers.grad[0].item())
+        gaps.append(pressure.multipliers[0].grad.item())
         pressure.done += 1
-        pressure.multipliers.grad = None
+        pressure.multipliers[0].grad = None
     size = float(gates.size().detach())
     assert gaps == pytest.approx([size - wanted for wanted in (0.9, 0.8, 0.7, 0.6, 0.5, 0.5)], abs=1e-5)
     pressure().backward()
     pressure.step()
-    assert (pressure.multipliers > 0).all()
+    assert all(float(value.detach()) > 0 for value in pressure.multipliers)
 
 
 # the whole
