@@ -377,3 +377,18 @@ def test_ours_is_compiled_to_the_same_numbers(clip, pixels):
     reducer = at_half(clip, ProtectedMerging)
     compiled = torch.compile(lambda x: encode_images(clip, x, reducer), backend="eager", dynamic=False, fullgraph=True)
     close(compiled(pixels), encode_images(clip, pixels, reducer), 1e-6)
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_gradients_of_a_merge_are_the_naive_ones(keep_norm):
+    """Also of groups of three and more, whose row is written several times."""
+    x = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    kept, rest = torch.tensor([[0, 1, 4, 5]] * 2), torch.tensor([[2, 3, 6, 7, 8]] * 2)
+    target = torch.tensor([[1, 1, 1, 2, 2], [3, 1, 3, 2, 1]])
+    weight = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    tokens, results = Tokens(x, None, 1, 6), []
+    with torch.enable_grad():
+        results.append(merge_naive(tokens, kept, rest, target, keep_norm)[0])
+        merge(tokens, kept, rest, target, keep_norm)
+        results.append(tokens.x)
+        close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in results))

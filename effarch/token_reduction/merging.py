@@ -43,7 +43,11 @@ def merge(tokens, kept, rest, target, keep_norm=False):
         longer = torch.zeros_like(tokens.sizes).scatter_add_(1, target, (parts.norm(dim=-1) - length) * weight)
         merged = flat.index_select(0, rows)
         wanted = (length + longer.gather(1, target)).flatten() / merged.norm(dim=-1).clamp(min=1e-6)
-        flat.index_copy_(0, rows, merged * wanted[:, None])
+        scaled = merged * wanted[:, None]
+        if scaled.requires_grad:  # a group of three or more writes its row several times; each is a part of the gradient
+            times = torch.zeros_like(tokens.sizes).scatter_add_(1, target, torch.ones_like(weight)).gather(1, target)
+            scaled = scaled.detach() + (scaled - scaled.detach()) / times.flatten()[:, None]
+        flat.index_copy_(0, rows, scaled)
     tokens.x = new.to(tokens.x.dtype)
 
 
