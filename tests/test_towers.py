@@ -206,6 +206,31 @@ def test_open_clip_models_around_both_kinds_of_towers(pixels):
         assert torch.equal(model.encode_image(x, normalize=True), before)
 
 
+def test_the_last_layer_is_whole_where_the_mean_of_the_patches_is_read(pixels):
+    """timm's ViT with a CLS token that its pooling leaves out."""
+    pytest.importorskip("timm")
+    from effarch.clip.towers.small import timm_vit
+
+    model = timm_vit(global_pool="avg").eval()
+    for reducer in (Reducer(), InputPruning(0.5), reducer_for_budget("ours", 0.6, model)):
+        found = []
+        for reducer.cls_only_last in (True, False):
+            found.append((encode_images(model, pixels, reducer), encoder_macs(model, reducer)))
+        assert found[0][0].isfinite().all() and torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_patches_of_open_clip_are_normed_where_it_norms_them(after, pixels):
+    transformer = pytest.importorskip("open_clip.transformer")
+    model = transformer.VisionTransformer(image_size=64, patch_size=8, width=48, layers=3, heads=3, mlp_ratio=2.0, output_dim=20,
+                                          output_tokens=True, final_ln_after_pool=after).eval()
+    model.ln_post.weight.normal_()
+    before = model(pixels)
+    with token_reduction(model, "ours", budget=1.0):
+        for found, expected in zip(model(pixels), before, strict=True):
+            close(found, expected)
+
+
 def test_kept_patches_keep_their_rotary_positions(pixels):
     """The library's own layers on half of the patches, each with its position."""
     model, reducer = build("DINOv3"), InputPruning(0.5)
@@ -293,7 +318,8 @@ def test_what_an_adapter_cannot_do_right_is_refused_by_name(clip):
 
 @pytest.mark.parametrize("options, words", [
     (dict(global_pool="map"), "global_pool='map' is not supported"), (dict(patch_drop_rate=0.5), "patch dropout is not supported"),
-    (dict(qk_norm=True), "normed queries and keys is not supported"), (dict(reg_tokens=2), None)])
+    (dict(qk_norm=True), "normed queries and keys is not supported"), (dict(reg_tokens=2), None),
+    (dict(dynamic_img_size=True, dynamic_img_pad=True), "images padded to whole patches is not supported")])
 def test_other_makes_of_timm_are_refused_by_name(options, words):
     pytest.importorskip("timm")
     from effarch.clip.towers.small import timm_vit

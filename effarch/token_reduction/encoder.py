@@ -106,7 +106,7 @@ def continue_encoder(tower, tokens, reducer, first, attended=False, until=None, 
     reducer = Reducer() if reducer is None else reducer
     for layer in range(first, tokens.depth if until is None else until):
         tokens.layer, block = layer, tower.blocks[layer]
-        shortcut = layer == tokens.depth - 1 and tower.prefix == 1 and reducer.cls_only_last
+        shortcut = layer == tokens.depth - 1 and tower.prefix == 1 and not tower.pools_all and reducer.cls_only_last
         if not (attended and layer == first):
             reducer.before_layer(tokens)
             attention_step(tokens, block, tower.heads, 1 if shortcut else None, reducer.size_bias, implementation)

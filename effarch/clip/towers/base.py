@@ -47,6 +47,7 @@ class Tower:
     calls: list = field(default_factory=list)  # modules that embed, finish and pool call
     dropout: float = 0.0  # of the attention weights, which the loop leaves out
     rotary: Callable | None = None  # pixels → (cos, sin), (prefix + P, d) each, for the blocks' rotate
+    pools_all: bool = False  # whether `pool` reads more than the CLS token although there are tokens in front
     output: Callable | None = None  # (last, pooled, hidden states, pixels) → what the module returns; None: the usual
 
     def skipped(self):

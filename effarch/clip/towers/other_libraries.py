@@ -86,6 +86,7 @@ def timm_tower(module):
                 (rope is not None and not prefix, "with rotary positions and no CLS token"),
                 (has(module, "dist_token"), "with a distillation token"),
                 (drop is not None and not isinstance(drop, nn.Identity), "with patch dropout"),
+                (getattr(emb, "dynamic_img_pad", False), "with images padded to whole patches"),
                 (pooling not in ("token", "avg"), f"with global_pool={pooling!r}"))
 
     def embed(pixels, interpolate=False):
@@ -110,7 +111,7 @@ def timm_tower(module):
         module=module, embed=embed, pre_norm=getattr(module, "norm_pre", nn.Identity()), blocks=blocks, finish=norm, pool=pool,
         pools=True, heads=module.blocks[0].attn.num_heads, prefix=prefix, patch=stem_of(emb, width), pool_macs=lambda n: 0,
         image_size=side_of(emb.img_size), library="timm", calls=[emb, module.pos_drop, fc_norm, module.head_drop, module.head],
-        rotary=rotary if rope is not None else None,
+        rotary=rotary if rope is not None else None, pools_all=pooling != "token",
         dropout=module.blocks[0].attn.attn_drop.p)
 
 
@@ -137,6 +138,7 @@ def open_clip_tower(module):
     layers = module.transformer.resblocks
     return Tower(
         module=module, embed=embed, pre_norm=module.ln_pre, blocks=[open_clip_block(layer, width) for layer in layers],
-        finish=norm, pool=lambda x, _=None: norm(first_token(x)), pools=True, heads=layers[0].attn.num_heads, prefix=1,
+        finish=nn.Identity() if getattr(module, "final_ln_after_pool", False) else norm,  # of the patches, if it returns them
+        pool=lambda x, _=None: norm(first_token(x)), pools=True, heads=layers[0].attn.num_heads, prefix=1,
         patch=module.conv1, pool_macs=lambda n: 0, image_size=side_of(module.image_size), library="open_clip",
-        calls=[module.conv1])
+        calls=[module.conv1, norm])
