@@ -661,7 +661,7 @@ def missing_sources(root):
             wrong[row["id"]] = f"{row['source']}: no such table in {row['place']}"
             continue
         table = read_csv(path).astype(str)
-        lost = [part for part in re.split(r", | against ", where) if not in_table(part, table)]
+        lost = [part for part in re.split(r", (?=\w+=)| against ", where) if not in_table(part, table)]
         if lost:
             wrong[row["id"]] = f"{row['source']}: nowhere in {name}: {lost}"
     return wrong
