@@ -661,7 +661,8 @@ def missing_sources(root):
             wrong[row["id"]] = f"{row['source']}: no such table in {row['place']}"
             continue
         table = read_csv(path).astype(str)
-        lost = [part for part in re.split(r", (?=\w+=)| against ", where) if not in_table(part, table)]
+        splits = [re.split(comma + " | against ", where) for comma in (",", r",(?= \w+=)")]  # a value may hold a comma itself
+        lost = min(([part for part in parts if not in_table(part, table)] for parts in splits), key=len)
         if lost:
             wrong[row["id"]] = f"{row['source']}: nowhere in {name}: {lost}"
     return wrong
