@@ -43,16 +43,19 @@ def pareto_front(points):
     return [name for i, name in enumerate(ranked) if all(points[name][1] < points[other][1] for other in ranked[:i])]
 
 
-def save_figure(run, fig, name, alt, n=None, photo=False):
+def save_figure(run, fig, name, alt, n=None, photo=False, title=None):
     """Write `<figures>/<name>.png` and show it; `alt` describes it for who cannot see it.
 
-    n: 'n of what', such as '20 rounds'. photo: a picture of photographs goes to `<name>.jpg` instead. The footer
+    n: 'n of what', such as '20 rounds'. photo: a picture of photographs goes to `<name>.jpg` instead. title: what the
+    figure says, above all of it. The footer
     names device, weights, dtype, torch, n and commit; a smoke run's figure is marked as no result."""
     facts = [run.row["device"], run.row["weights"], run.row["dtype"], f"torch {run.row['torch']}"]
     facts += [f"n = {n}"] if n is not None else []
     commit = run.row["git_commit"]
     facts += [f"commit {commit}{'+' if run.row['git_dirty'] else ''}"] if commit else []
     fig.supxlabel(" · ".join(filter(None, facts)), fontsize=8, color="#555555", x=0.99, ha="right")
+    if title is not None:
+        fig.suptitle(title)
     place_headline(fig)
     if run.smoke:
         fig.text(0.5, 0.5, "smoke run: not a result", fontsize=30, color="#D55E00", alpha=0.25,
