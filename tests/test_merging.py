@@ -392,3 +392,18 @@ def test_gradients_of_a_merge_are_the_naive_ones(keep_norm):
         merge(tokens, kept, rest, target, keep_norm)
         results.append(tokens.x)
         close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in results))
+
+
+@pytest.mark.parametrize("make", [MergeSimilar, EnergyMerging, ProtectedMerging])
+def test_under_autocast_the_same_tokens_are_found_similar(make):
+    """Hidden states that all point one way, as those of trained towers do: half precision would call them equal."""
+    x = 0.1 * torch.randn(2, 65, 48, generator=torch.Generator().manual_seed(0)) + 1
+    owners = []
+    for enabled in (False, True):
+        q = k = v = x[:, None]
+        tokens = Tokens(x, None, 1, 6, layer=1, first=65, q=q, k=k, v=v, owner=torch.arange(65).repeat(2, 1))
+        reducer = make(8) if make is MergeSimilar else make(0.5, **(dict(protect=False) if make is ProtectedMerging else {}))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            reducer.after_attention(tokens)
+        owners.append(tokens.owner)
+    assert tokens.x.shape[1] < 65 and torch.equal(*owners)

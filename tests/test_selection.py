@@ -22,6 +22,7 @@ from effarch.token_reduction.encoder import (
     read_out,
     replace,
     run_encoder,
+    select_images,
     split_kept,
     start_encoder,
     trace_encoder,
@@ -337,6 +338,21 @@ def test_the_cls_only_last_layer_is_exact_and_may_be_given_to_all_or_to_none(cli
     assert reducer_for_budget("ours", 0.6, clip).cls_only_last and not reducer_for_budget("evit", 0.6, clip).cls_only_last
     for name, only in (("ours", False), ("evit", True)):
         assert reducer_for_budget(name, 0.6, clip, cls_only_last=only).cls_only_last is only
+
+
+@pytest.mark.parametrize("score", PICTURE_SCORES)
+def test_passes_that_take_turns_do_not_share_scores(clip, score):
+    """As two threads with one reducer do."""
+    tower, reducer, pixels = make_tower(clip), ScoredReduction(0.7, score), torch.randn(3, 3, 64, 64)
+    alone = [run_encoder(tower, x, reducer).x for x in (pixels, 2 * pixels.flip(0))]
+    turns = [start_encoder(tower, x, 0, reducer) for x in (pixels, 2 * pixels.flip(0))]
+    for layer in range(6):
+        for tokens in turns:
+            continue_encoder(tower, tokens, reducer, layer, until=layer + 1)
+    assert all(torch.equal(tokens.x, x) for tokens, x in zip(turns, alone, strict=True))
+    start = start_encoder(tower, pixels, 0, reducer)
+    part = select_images(continue_encoder(tower, start, reducer, 0, until=4), slice(1, 2))
+    assert part.carried is not None and torch.allclose(continue_encoder(tower, part, reducer, 4).x, alone[0][1:2], atol=1e-5)
 
 
 def test_other_image_sizes_have_budgets_of_their_own(clip):

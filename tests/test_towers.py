@@ -219,6 +219,42 @@ def test_the_last_layer_is_whole_where_the_mean_of_the_patches_is_read(pixels):
         assert found[0][0].isfinite().all() and torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
+@pytest.mark.parametrize("options", [dict(), dict(pool_include_prefix=True), dict(class_token=False), dict(reg_tokens=2)])
+def test_means_of_timm_are_its_own(options, pixels):
+    pytest.importorskip("timm")
+    from effarch.clip.towers.small import timm_vit
+
+    model = timm_vit(global_pool="avg", **options).eval()
+    expected = F.normalize(model.forward_head(model.forward_features(pixels), pre_logits=True), dim=-1)
+    close(encode_images(model, pixels), expected)
+    reducer = reducer_for_budget("ours", 0.6, model, cls_only_last=False)
+    with token_reduction(model, "ours", budget=0.6):  # there timm's own head pools every patch
+        inside = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    close(encode_images(model, pixels, reducer), F.normalize(inside, dim=-1))
+
+
+def oblong(name, sides):
+    """A model whose own images are not square."""
+    if name == "ViT":
+        return transformers.ViTModel(transformers.ViTConfig(**dict(VISION, image_size=sides)))
+    pytest.importorskip("timm")
+    from effarch.clip.towers.small import timm_vit
+
+    return timm_vit(img_size=sides)
+
+
+@pytest.mark.parametrize("sides", [(64, 96), (32, 128)])  # the second has as many patches as a square
+@pytest.mark.parametrize("name", ["ViT", "timm's ViT"])
+def test_models_made_for_oblong_images_keep_their_positions_and_their_budget(name, sides):
+    torch.manual_seed(0)
+    model, pixels = oblong(name, sides).eval(), torch.randn(2, 3, *sides)
+    close(encode_images(model, pixels), F.normalize(outputs(model, pixels)[1], dim=-1))
+    reducer = reducer_for_budget("ours", 0.6, model, cls_only_last=False)
+    assert trace_encoder(model, reducer, pixels).macs == encoder_macs(model, reducer) <= 0.6 * encoder_macs(model)
+    with token_reduction(model, "ours", budget=0.6):
+        close(F.normalize(outputs(model, pixels)[1], dim=-1), encode_images(model, pixels, reducer))
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_patches_of_open_clip_are_normed_where_it_norms_them(after, pixels):
     transformer = pytest.importorskip("open_clip.transformer")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from effarch.checks import check, check_share
-from effarch.clip.towers import attend, find_vision_module, make_tower, project, split_heads
+from effarch.clip.towers import attend, find_vision_module, make_tower, project, sides_of, split_heads
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Tokens:
     owner: torch.Tensor | None = None  # (B, prefix + P): where each patch is now, -1 = dropped; if traced
     rotary: tuple | None = None  # (cos, sin), (prefix + P, d) each, of the first tokens, where attention rotates by position
     place: torch.Tensor | None = None  # (B, N) which of those tokens each one is; a merged one is the one it was merged into
+    carried: torch.Tensor | None = None  # (B, N - prefix) scores that a reducer goes on with in later layers
     counts: list = field(default_factory=list)  # per layer (keys in attention, tokens in MLP)
     macs: int = 0  # multiply-adds per image so far, the reducer's own matrix products included
 
@@ -83,7 +84,7 @@ def start_encoder(tower, pixels, layers=0, reducer=None, trace=False, interpolat
 
     interpolate: fit the position embeddings to the image size; None = where it is not the model's own."""
     sides = tuple(pixels.shape[-2:])
-    interpolate = sides != (tower.image_size,) * 2 if interpolate is None else interpolate
+    interpolate = sides != tower.image_size if interpolate is None else interpolate
     grid = tuple(side // patch for side, patch in zip(sides, tower.patch.kernel_size, strict=True))
     tokens = Tokens(tower.embed(pixels, interpolate), pixels, tower.prefix, len(tower.blocks), grid)
     n = tokens.x.shape[1]
@@ -147,7 +148,7 @@ def encode_images(model, pixel_values, reducer=None, implementation="sdpa", inte
 
 def select_images(tokens, index):
     """The images at `index` of a Tokens as a Tokens of their own; the original stays as it is."""
-    names = ("x", "pixels", "sizes", "q", "k", "v", "logits_bias", "owner", "place")
+    names = ("x", "pixels", "sizes", "q", "k", "v", "logits_bias", "owner", "place", "carried")
     return replace(tokens, **{n: getattr(tokens, n)[index] for n in names if getattr(tokens, n) is not None})
 
 
@@ -257,9 +258,9 @@ def trace_encoder(model, reducer=None, pixel_values=None, image_size=None, image
 
     pixel_values: (B, 3, H, W); None takes so many blank `images` of the model's (or the given) size."""
     tower = make_tower(model)
-    weight, side = tower.patch.weight, image_size or tower.image_size
+    weight, sides = tower.patch.weight, sides_of(image_size or tower.image_size)
     if pixel_values is None:
-        pixel_values = weight.new_zeros(images, weight.shape[1], side, side)
+        pixel_values = weight.new_zeros(images, weight.shape[1], *sides)
     tokens = run_encoder(tower, pixel_values, reducer, trace=True)
     read_out(model, tower, tokens)
     return tokens

@@ -1,6 +1,7 @@
 # Written by `python -m lab.build` from vlm/token_merging.ipynb, where each part is explained: edit it there.
 """Reducers that merge similar tokens: ToMe, and our recipe."""
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -51,6 +52,13 @@ def merge(tokens, kept, rest, target, keep_norm=False):
     tokens.x = new.to(tokens.x.dtype)
 
 
+def similarities(a, b):
+    """a bᵀ over (B, N, C) in their own type, also under autocast, which would round until many are equal."""
+    device = "cpu" if a.is_meta else a.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return a @ b.transpose(1, 2)
+
+
 def match_alternating(metric, merges, prefix=1, weight=None):
     """ToMe's matching (arXiv 2210.09461): tokens at even places (A) choose their most similar at odd ones (B).
 
@@ -63,7 +71,7 @@ def match_alternating(metric, merges, prefix=1, weight=None):
         front = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
         return torch.cat([front, kept[:, 1:] + prefix - 1], 1), rest + prefix - 1, target + prefix - 1
     metric = F.normalize(metric.float(), dim=-1)
-    similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+    similarity, partner = similarities(metric[:, ::2], metric[:, 1::2]).max(-1)
     loss = 1 - similarity if weight is None else (1 - similarity) * weight[:, ::2]
     loss[:, :prefix] = torch.inf  # the CLS token is in A, where nothing joins it, and never leaves
     order = loss.argsort(dim=1, stable=True)
@@ -213,7 +221,7 @@ class EnergyMerging(MergeSimilar):
         if (merges := min(int(n * (1 - self.keep) + 1e-9), n // 2)) <= 0:
             return
         unit = F.normalize(self.metric(tokens)[:, p:], dim=-1)
-        similarity, margin = unit @ unit.transpose(1, 2), 0.9 * (1 - tokens.layer / tokens.depth)
+        similarity, margin = similarities(unit, unit), 0.9 * (1 - tokens.layer / tokens.depth)
         order = F.elu(similarity - margin).mean(-1).argsort(dim=1, descending=True, stable=True)
         a, b = order[:, : 2 * merges : 2], order[:, 1 : 2 * merges : 2]
         tokens.macs += n * n * unit.shape[-1]

@@ -1,13 +1,14 @@
 # Written by `python -m lab.build` from vlm/token_reduction.ipynb, where each part is explained: edit it there.
 """Reducers that select tokens by a score, all methods by name, and the strength of each that fits a budget."""
 
+import math
 from functools import lru_cache, partial  # noqa: I001
 
 import torch
 import torch.nn.functional as F
 
 from effarch.checks import check, check_share
-from effarch.clip.towers import make_tower
+from effarch.clip.towers import make_tower, sides_of
 from effarch.token_reduction.encoder import (
     InputPruning, Reducer, append, check_keep, drop, encoder_macs, fit_budget, importance, kept_count, split_kept,
     strength_at, take)
@@ -144,7 +145,7 @@ class ScoredReduction(Reducer):
         check(not before or score in INPUT_SCORES, "score before the encoder", score, ", ".join(INPUT_SCORES))
         check("evit" not in rest or score.startswith("CLS"), "score with EViT's token", score, "a CLS attention")
         self.keep, self.score, self.layers, self.rest, self.seed = check_keep(keep), score, layers, rest, seed
-        self.size_bias, self.cls_only_last, self.seen = float(rest in ("fuse", "merge")), cls_only_last, None
+        self.size_bias, self.cls_only_last = float(rest in ("fuse", "merge")), cls_only_last
 
     def at_input(self, tokens):
         if self.layers is not None and -1 in self.layers:
@@ -156,17 +157,15 @@ class ScoredReduction(Reducer):
 
     def reduce(self, tokens):
         """Choose who stays; picture scores are computed once a pass and carried along."""
-        if tokens is not self.seen:  # a new forward pass
-            self.seen, self.carried = tokens, None
         n = tokens.x.shape[1] - tokens.prefix
         if (count := kept_count(self.keep, n)) < n:
             options = dict(seed=self.seed) if self.score == "random" else {}
-            scores = SCORES[self.score](tokens, **options) if self.carried is None else self.carried
+            scores = SCORES[self.score](tokens, **options) if tokens.carried is None else tokens.carried
             kept, rest = split_kept(tokens, scores, count)
             part_with(tokens, kept, rest, self.rest, scores)
             if self.score in PICTURE_SCORES:  # a new token has none: it stays
                 left = scores.gather(1, kept[:, tokens.prefix:] - tokens.prefix)
-                self.carried = F.pad(left, (0, tokens.x.shape[1] - kept.shape[1]), value=torch.inf)
+                tokens.carried = F.pad(left, (0, tokens.x.shape[1] - kept.shape[1]), value=torch.inf)
 
 
 def fitted(factory, budget, model, image_size=None, cls_only_last=None):
@@ -177,7 +176,8 @@ def fitted(factory, budget, model, image_size=None, cls_only_last=None):
     method has it. ValueError if the budget cannot be reached."""
     check_share(budget, "budget")
     kind, tower = getattr(factory, "func", factory).kind, make_tower(model)
-    patches = ((image_size or tower.image_size) // tower.patch.kernel_size[0]) ** 2
+    sides = sides_of(image_size or tower.image_size)
+    patches = math.prod(side // patch for side, patch in zip(sides, tower.patch.kernel_size, strict=True))
     limit, make = budget * encoder_macs(model, None, image_size), strength_at(factory, kind, patches, cls_only_last)
     least = encoder_macs(model, make(0.0), image_size) / limit * budget
     check(least <= budget, "budget", budget, f"at least {least:.3f} for this method")

@@ -42,7 +42,7 @@ class Tower:
     prefix: int
     patch: Any  # nn.Conv2d, or a Stem
     pool_macs: Callable  # N → multiply-adds of pool
-    image_size: int  # pixels a side
+    image_size: tuple  # (height, width) in pixels
     library: str = "transformers"  # whose calls the module answers: transformers, timm or open_clip
     calls: list = field(default_factory=list)  # modules that embed, finish and pool call
     dropout: float = 0.0  # of the attention weights, which the loop leaves out
@@ -139,9 +139,9 @@ def plain(kind, part):
     return part
 
 
-def side_of(image_size):
-    """Pixels a side of a square image, given as a number or a pair."""
-    return image_size if isinstance(image_size, int) else image_size[0]
+def sides_of(image_size):
+    """(height, width) in pixels of an image size given as a pair, or as a number if it is square."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
 def first_token(x, _=None):

@@ -4,7 +4,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from effarch.clip.towers.base import Block, Tower, first_token, mean_of_patches, mlp_width, plain, thirds
+from effarch.clip.towers.base import Block, Tower, first_token, mean_of_patches, mlp_width, plain, sides_of, thirds
 
 
 def clip_block(layer, width):
@@ -28,7 +28,8 @@ def assemble(module, block, finish, pool, prefix=1, pre_norm=None, calls=(), poo
         module=module, embed=lambda pixels, interpolate=False: emb(pixels, interpolate_pos_encoding=interpolate),
         pre_norm=pre_norm or nn.Identity(), blocks=[block(layer, config.hidden_size) for layer in module.encoder.layers],
         finish=finish, pool=pool, pools=pools, heads=config.num_attention_heads, prefix=prefix, patch=emb.patch_embedding,
-        pool_macs=pool_macs, image_size=config.image_size, calls=[emb, *calls], dropout=config.attention_dropout)
+        pool_macs=pool_macs, image_size=sides_of(config.image_size), calls=[emb, *calls],
+        dropout=config.attention_dropout)
 
 
 def clip_tower(module):
