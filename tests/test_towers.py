@@ -600,3 +600,12 @@ def test_a_trace_of_a_smaller_image_still_finds_its_grid(pixels):
     small = pixels[..., :48, :56]
     close(encode_images(model, small), F.normalize(model(small).pooler_output, dim=-1))
     assert trace_encoder(model, InputPruning(0.5), small).grid == (6, 7)
+
+
+def test_a_shortcut_asked_for_where_patches_are_read_is_refused(pixels):
+    with pytest.raises(ValueError, match="cls_only_last=True is not allowed; allowed: .*patch_tokens=False") as error:
+        with token_reduction(build("ViT"), "ours", budget=0.6, cls_only_last=True):
+            pass
+    one_line(error)
+    with token_reduction(build("ViT"), "ours", budget=0.6, cls_only_last=True, patch_tokens=False) as model:
+        assert model(pixels).pooler_output.isfinite().all()

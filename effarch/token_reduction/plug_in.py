@@ -24,7 +24,9 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
             features = model.get_image_features(pixel_values=pixels)
 
     reducer: a name of REDUCERS with `budget`, the share of the dense multiply-adds it may use (and `options` of
-    `reducer_for_budget`), or a Reducer. Calls of transformers (also pipelines), timm and open_clip work unchanged.
+    `reducer_for_budget`), or a Reducer. The share is that of images of the size in the model's configuration: with others
+    say `image_size`, as for DINOv2, whose configuration says 518 pixels and whose image processor 224. Calls of
+    transformers (also pipelines), timm and open_clip work unchanged.
     patch_tokens: whether somebody reads the patches in `last_hidden_state`; None: everybody but CLIPModel, SiglipModel,
     CLIPVisionModelWithProjection, ViTForImageClassification and open_clip, which read the pooled output or the CLS
     token. Then all tokens are computed in the last layer, too, and every patch that was merged gets its group's token,
@@ -77,6 +79,8 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
         from effarch.token_reduction.selection import reducer_for_budget
 
         check(budget is not None, "budget", budget, f"a share of the multiply-adds, above 0 and at most 1, for {reducer!r}")
+        whole = patch_tokens and options.get("cls_only_last")
+        check(not whole, "cls_only_last", True, "None or False where the patches are read (patch_tokens=False if they are not)")
         options = dict(dict(cls_only_last=False if patch_tokens else None), **options)
         return reducer_for_budget(reducer, budget, model, **options)
     if not isinstance(reducer, Reducer):

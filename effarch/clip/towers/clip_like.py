@@ -4,7 +4,16 @@ from operator import attrgetter
 
 from torch import nn
 
-from effarch.clip.towers.base import Block, Tower, first_token, mean_of_patches, mlp_width, plain, sides_of, thirds
+from effarch.clip.towers.base import (
+    Block,
+    Tower,
+    first_token,
+    mean_of_patches,
+    mlp_width,
+    plain,
+    sides_of,
+    thirds,
+)
 
 
 def clip_block(layer, width):
