@@ -1,8 +1,8 @@
 # Written by `python -m lab.build` from vlm/token_reduction.ipynb, where each part is explained: edit it there.
 """Reducers that select tokens by a score, all methods by name, and the strength of each that fits a budget."""
 
-import math
-from functools import lru_cache, partial  # noqa: I001
+import math  # noqa: I001
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
