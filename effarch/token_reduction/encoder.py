@@ -84,7 +84,7 @@ def start_encoder(tower, pixels, layers=0, reducer=None, trace=False, interpolat
 
     interpolate: fit the position embeddings to the image size; None = where it is not the model's own."""
     sides = tuple(pixels.shape[-2:])
-    interpolate = sides != tower.image_size if interpolate is None else interpolate
+    interpolate = sides != sides_of(tower.image_size) if interpolate is None else interpolate
     grid = tuple(side // patch for side, patch in zip(sides, tower.patch.kernel_size, strict=True))
     tokens = Tokens(tower.embed(pixels, interpolate), pixels, tower.prefix, len(tower.blocks), grid)
     n = tokens.x.shape[1]

@@ -42,7 +42,7 @@ class Tower:
     prefix: int
     patch: Any  # nn.Conv2d, or a Stem
     pool_macs: Callable  # N → multiply-adds of pool
-    image_size: tuple  # (height, width) in pixels
+    image_size: int | tuple  # pixels a side, or (height, width) if they differ
     library: str = "transformers"  # whose calls the module answers: transformers, timm or open_clip
     calls: list = field(default_factory=list)  # modules that embed, finish and pool call
     dropout: float = 0.0  # of the attention weights, which the loop leaves out
@@ -137,6 +137,12 @@ def plain(kind, part):
         raise TypeError(f"{type(part).__name__} in the place of {kind.__name__} is not supported: a joint projection of queries, "
                         "keys and values has to be as its library makes it")
     return part
+
+
+def side_of(image_size):
+    """Tower.image_size of an image size given as a number or a pair."""
+    height, width = sides_of(image_size)
+    return height if height == width else (height, width)
 
 
 def sides_of(image_size):

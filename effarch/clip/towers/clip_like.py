@@ -11,7 +11,7 @@ from effarch.clip.towers.base import (
     mean_of_patches,
     mlp_width,
     plain,
-    sides_of,
+    side_of,
     thirds,
 )
 
@@ -37,7 +37,7 @@ def assemble(module, block, finish, pool, prefix=1, pre_norm=None, calls=(), poo
         module=module, embed=lambda pixels, interpolate=False: emb(pixels, interpolate_pos_encoding=interpolate),
         pre_norm=pre_norm or nn.Identity(), blocks=[block(layer, config.hidden_size) for layer in module.encoder.layers],
         finish=finish, pool=pool, pools=pools, heads=config.num_attention_heads, prefix=prefix, patch=emb.patch_embedding,
-        pool_macs=pool_macs, image_size=sides_of(config.image_size), calls=[emb, *calls],
+        pool_macs=pool_macs, image_size=side_of(config.image_size), calls=[emb, *calls],
         dropout=config.attention_dropout)
 
 

@@ -15,7 +15,7 @@ from effarch.clip.towers.base import (
     plain,
     rotate_halves,
     rotate_pairs,
-    sides_of,
+    side_of,
     thirds,
     with_prefix,
 )
@@ -111,7 +111,7 @@ def timm_tower(module):
     return Tower(
         module=module, embed=embed, pre_norm=getattr(module, "norm_pre", nn.Identity()), blocks=blocks, finish=norm, pool=pool,
         pools=True, heads=module.blocks[0].attn.num_heads, prefix=prefix, patch=stem_of(emb, width), pool_macs=lambda n: 0,
-        image_size=sides_of(emb.img_size), library="timm", calls=[emb, module.pos_drop, fc_norm, module.head_drop, module.head],
+        image_size=side_of(emb.img_size), library="timm", calls=[emb, module.pos_drop, fc_norm, module.head_drop, module.head],
         rotary=rotary if rope is not None else None, pools_all=pooling != "token",
         dropout=module.blocks[0].attn.attn_drop.p)
 
@@ -141,5 +141,5 @@ def open_clip_tower(module):
         module=module, embed=embed, pre_norm=module.ln_pre, blocks=[open_clip_block(layer, width) for layer in layers],
         finish=nn.Identity() if getattr(module, "final_ln_after_pool", False) else norm,  # of the patches, if it returns them
         pool=lambda x, _=None: norm(first_token(x)), pools=True, heads=layers[0].attn.num_heads, prefix=1,
-        patch=module.conv1, pool_macs=lambda n: 0, image_size=sides_of(module.image_size), library="open_clip",
+        patch=module.conv1, pool_macs=lambda n: 0, image_size=side_of(module.image_size), library="open_clip",
         calls=[module.conv1, norm])

@@ -14,7 +14,7 @@ from effarch.clip.towers.base import (
     has,
     mlp_width,
     rotate_halves,
-    sides_of,
+    side_of,
     with_prefix,
 )
 
@@ -56,7 +56,7 @@ def assemble(module, block, embed, pool, pooler=None, **more):
     blocks = [block(layer, config.hidden_size) for layer in layers_of(module)]
     return Tower(
         module=module, embed=embed, pre_norm=nn.Identity(), blocks=blocks, finish=module.layernorm, pool=pool,
-        heads=config.num_attention_heads, patch=emb.patch_embeddings.projection, image_size=sides_of(config.image_size),
+        heads=config.num_attention_heads, patch=emb.patch_embeddings.projection, image_size=side_of(config.image_size),
         calls=[emb, pooler] if pooler else [emb],
         dropout=config.attention_probs_dropout_prob, **more)
 
@@ -114,5 +114,5 @@ def dinov3_tower(module):
     return Tower(
         module=module, embed=lambda pixels, interpolate=False: emb(pixels), pre_norm=nn.Identity(), blocks=blocks, finish=norm,
         pool=lambda x, _=None: first_token(norm(x)), pools=True, heads=config.num_attention_heads, prefix=prefix,
-        patch=emb.patch_embeddings, pool_macs=lambda n: 0, image_size=sides_of(config.image_size), calls=[emb, rope],
+        patch=emb.patch_embeddings, pool_macs=lambda n: 0, image_size=side_of(config.image_size), calls=[emb, rope],
         dropout=config.attention_dropout, rotary=lambda pixels: with_prefix(*rope(pixels), prefix))
