@@ -296,6 +296,7 @@ def one_of_several(rank, world, folder, captions, pairs):
     (everyone * torch.arange(1.0, 1 + len(everyone))[:, None] * (rank + 1)).sum().backward()
     told |= dict(gathered=everyone.detach(), back=rows.grad)
     torch.save(told, f"{folder}/{rank}.pt")
+    del trainer, model  # before the group: DDP's reducer, if it is the last to hold it, waits for a thread that waits for Python's lock
     torch.distributed.destroy_process_group()
 
 
@@ -307,7 +308,8 @@ def two(tmp_path_factory, captions, pairs):
     for process in running:
         process.start()
     for process in running:
-        process.join()
+        process.join(300)  # a process that hangs is a failure, not a test without end
+        process.kill()
     assert [process.exitcode for process in running] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
