@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 from effarch.checks import check, check_count, check_share, is_count
+from effarch.clip.captioned import captioned_clip
 from effarch.token_reduction.encoder import Reducer, drop, encode_images, kept_count, take
 
 
@@ -65,12 +65,7 @@ class KeepPatches(Reducer):
 def small_clip(captions, side=32, patch=4, width=64, layers=4):
     """A CLIPModel of transformers with random weights: both towers `width` wide, the text tower half as deep, heads of 32."""
     check(is_count(width, 32) and width % 32 == 0, "width", width, "a multiple of 32")
-    check(is_count(patch) and side % patch == 0, "patch", patch, f"a divisor of the image's side, {side}")
-    shape = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 32, hidden_act="gelu")
-    vision = dict(shape, num_hidden_layers=check_count(layers, "layers"), image_size=side, patch_size=patch)
-    text = dict(shape, num_hidden_layers=(layers + 1) // 2, vocab_size=len(captions.words) + 2, bos_token_id=0, eos_token_id=1,
-                pad_token_id=1, max_position_embeddings=captions.tokens.shape[1])
-    return transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
+    return captioned_clip(captions, side, patch, width, width // 32, check_count(layers, "layers"), (layers + 1) // 2)
 
 
 def processes():

@@ -58,7 +58,6 @@ def test_tasks_can_be_solved_from_what_they_show(task):
         assert [asked[t] for t in places] == answers
 
 
-
 @pytest.mark.parametrize("kind", ["forward", "forward+backward"])
 def test_what_the_librarys_path_writes_out_is_what_is_refused(kind):
     """Its largest product, found by watching it run on meta tensors, is the one that the guard compares with its limit."""

@@ -47,8 +47,8 @@ def save_figure(run, fig, name, alt, n=None, photo=False, title=None):
     """Write `<figures>/<name>.png` and show it; `alt` describes it for who cannot see it.
 
     n: 'n of what', such as '20 rounds'. photo: a picture of photographs goes to `<name>.jpg` instead. title: what the
-    figure says, above all of it. The footer
-    names device, weights, dtype, torch, n and commit; a smoke run's figure is marked as no result."""
+    figure says, above all of it. The footer names device, weights, dtype, torch, n and commit; a smoke run's figure is
+    marked as no result."""
     facts = [run.row["device"], run.row["weights"], run.row["dtype"], f"torch {run.row['torch']}"]
     facts += [f"n = {n}"] if n is not None else []
     commit = run.row["git_commit"]

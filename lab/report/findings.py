@@ -191,9 +191,9 @@ def distilled_error(task, kind="free"):
     return Least("kernel_distillation_quality", "output_error", dict(task=task, kind=kind, saving=at_least(10)), unit="%")
 
 
-def hybrid(column, unit=""):
+def hybrid(column):
     """A cell of the towers with a scan in every second layer, after all training."""
-    return Cell("scan_clip_quality", column, dict(layers="every second", variant="scan, exact CLS row", fit="end to end"), unit)
+    return Cell("scan_clip_quality", column, dict(layers="every second", variant="scan, exact CLS row", fit="end to end"))
 
 
 def seeing_speed(length=max):
@@ -207,14 +207,14 @@ def seeing_error(other):
     return Errors("vision_quality", dict(variant="two directions"), dict(variant=other), {}, "accuracy", "seed_of_model", accuracy=True)
 
 
-def few_labels(method, column="gain_over_zero_shot", shots=max):
-    """A cell of the comparison of ways to learn from a few labels, on the images themselves (not the far domain)."""
-    return Cell("few_shot_methods", column, dict(domain=differs("digits"), method=method, shots=shots), "points", ("shots",))
+def few_labels(method, shots=max):
+    """Gain of a way to learn from a few labels over the head made of names, on the images themselves (not the far domain)."""
+    return Cell("few_shot_methods", "gain_over_zero_shot", dict(domain=differs("digits"), method=method, shots=shots), "points", ("shots",))
 
 
-def masked(variant, budget="equal seconds"):
-    """Change of accuracy that a recipe brings to training a CLIP."""
-    return Cell("masked_pretraining", "accuracy_minus_dense", dict(loss="softmax", variant=variant, budget=budget), "points")
+def masked(variant):
+    """Change of accuracy that a recipe brings to training a CLIP for equal seconds."""
+    return Cell("masked_pretraining", "accuracy_minus_dense", dict(loss="softmax", variant=variant, budget="equal seconds"), "points")
 
 
 def queried(method):
