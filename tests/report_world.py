@@ -219,6 +219,9 @@ def write_vision_tables(root):
     connectors = [dict(method=name, tokens=k, n_trainings=3, status="ok") | base | with_ends(accuracy_minus_pool=change)
                   for k in (9, 16) for name, change in (("pool", 0.0), ("qformer", -0.2), ("place", -0.1), ("merge", -0.05))]
     write_csv(place / "query_equal_seconds.csv", pd.DataFrame(connectors))
+    pruned = [dict(method=name, n_trainings=6, status="ok") | base | with_ends(accuracy_minus_smaller=change)
+              for name, change in (("two steps", 0.04), ("gates", 0.03), ("everything", 0.02), ("random", -0.04))]
+    write_csv(place / "distil_and_prune.csv", pd.DataFrame(pruned))
     fit = dict(shape="random-vit-b-16", batch=1, dtype="float32", attention="sdpa", method="dense", tokens_min=197,
                crossing_tokens=4000.0, crossing_tokens_low=3000.0, crossing_tokens_high=5000.0, status="ok")
     write_csv(place / "token_scaling_fits.csv", pd.DataFrame([fit | base]))

@@ -243,6 +243,24 @@ def oblong(name, sides):
     return timm_vit(img_size=sides)
 
 
+def test_a_budget_holds_for_images_of_every_size():
+    """DINOv2's configuration says 518 pixels, its image processor 224: half of the one is not half of the other."""
+    model = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=48, num_hidden_layers=6, num_attention_heads=3,
+                                                               image_size=128, patch_size=8)).eval()
+    small, native = (torch.randn(1, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (64, 128))
+    for name in ("tome", "ours", "cls_drop"):
+        shares, outputs = {}, {}
+        for told in (None, 64, 128):
+            with token_reduction(model, name, budget=0.5, **({} if told is None else dict(image_size=told))):
+                outputs[told] = model(small).pooler_output, model(native).pooler_output
+        for told in (64, 128):
+            reducer = reducer_for_budget(name, 0.5, model, image_size=told, cls_only_last=False)
+            shares[told] = encoder_macs(model, reducer, 64) / encoder_macs(model, None, 64)
+        assert 0.4 < shares[64] <= 0.5 and shares[128] != shares[64]
+        assert torch.equal(outputs[None][0], outputs[64][0]) and not torch.allclose(outputs[None][0], outputs[128][0])
+        assert torch.equal(outputs[None][1], outputs[128][1]) and not torch.allclose(outputs[None][1], outputs[64][1])
+
+
 @pytest.mark.parametrize("sides", [(64, 96), (32, 128)])  # the second has as many patches as a square
 @pytest.mark.parametrize("name", ["ViT", "timm's ViT"])
 def test_models_made_for_oblong_images_keep_their_positions_and_their_budget(name, sides):
@@ -513,6 +531,12 @@ def test_a_compiled_model_is_reduced_inside_only(pixels):
         close(compiled(pixels).pooler_output, inside)
     assert (inside - before).abs().max() > 1e-4
     close(compiled(pixels).pooler_output, before)
+    small = dict(pixel_values=pixels[..., :32, :32], interpolate_pos_encoding=True)
+    for size in (None, 32):
+        with token_reduction(compiled, "ours", budget=0.6, image_size=size):
+            twice = [compiled(**small).pooler_output for _ in range(2)]
+            close(model(**small).pooler_output, twice[0])
+            close(twice[1], twice[0])
 
 
 def test_threads_share_a_reduced_model(clip, pixels):

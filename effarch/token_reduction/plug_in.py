@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from effarch.checks import check
-from effarch.clip.towers import make_tower
+from effarch.clip.towers import make_tower, sides_of
 from effarch.token_reduction.encoder import Reducer, continue_encoder, pooled_output, start_encoder, take
 
 # models that read the pooled output only, and those whose head reads the CLS token out of last_hidden_state
@@ -24,9 +24,9 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
             features = model.get_image_features(pixel_values=pixels)
 
     reducer: a name of REDUCERS with `budget`, the share of the dense multiply-adds it may use (and `options` of
-    `reducer_for_budget`), or a Reducer. The share is that of images of the size in the model's configuration: with others
-    say `image_size`, as for DINOv2, whose configuration says 518 pixels and whose image processor 224. Calls of
-    transformers (also pipelines), timm and open_clip work unchanged.
+    `reducer_for_budget`), or a Reducer. The budget holds for images of every size: the first call of a size fits the
+    reducer to it (DINOv2's configuration says 518 pixels, its image processor 224), unless `image_size` says one for all.
+    (Under torch.compile that call breaks the graph.) Calls of transformers (also pipelines), timm and open_clip work unchanged.
     patch_tokens: whether somebody reads the patches in `last_hidden_state`; None: everybody but CLIPModel, SiglipModel,
     CLIPVisionModelWithProjection, ViTForImageClassification and open_clip, which read the pooled output or the CLS
     token. Then all tokens are computed in the last layer, too, and every patch that was merged gets its group's token,
@@ -47,14 +47,26 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     if patch_tokens is None:
         inside = tower.library == "open_clip" and not tower.module.output_tokens
         patch_tokens = not (inside or kinds & (READ_POOLED | READ_FIRST))
-    named = isinstance(reducer, str)
+    named, method = isinstance(reducer, str), reducer
     reducer, skipped = find_reducer(model, reducer, budget, patch_tokens, options), tower.skipped()
     refuse(tower, skipped)
+    every_size = not named or options.get("image_size") is not None
+    fitted_to = {sides_of(tower.image_size): reducer}  # (height, width) → the reducer whose budget holds for it
+
+    @torch.compiler.disable
+    def fit(sides):
+        fitted_to[sides] = find_reducer(model, method, budget, patch_tokens, options | dict(image_size=sides))
+
+    def reducer_at(sides):
+        if not every_size and sides not in fitted_to:
+            fit(sides)
+        return fitted_to.get(sides, reducer)
 
     def reduce(pixels, interpolate=None, hidden=False):
         if not torch.compiler.is_compiling():
             refuse(tower, skipped)
-        own = copy(reducer) if named or hidden else reducer  # some remember their pass, which two threads must not share
+        own = reducer_at(tuple(pixels.shape[-2:]))
+        own = copy(own) if named or hidden else own  # some remember their pass, which two threads must not share
         if hidden:
             own.cls_only_last = False
         return run(tower, pixels.to(tower.patch.weight.dtype), own, patch_tokens, interpolate, hidden)

@@ -130,9 +130,9 @@ def collect(places, findings=None):
 
 MRSS, SIGNALS, SCAN, LAYERS, MULTI, DISTIL, SEES, SCAN_CLIP = (f"ssm/{name}" for name in (
     "mrss_proxy_experiment", "real_signals", "selective_scan", "mamba_layers", "multirate_scan", "distilled_kernels", "vision_mamba", "scan_clip"))
-PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN, HARDWARE, FUSION, SHOTS, MASKED, QUERIES = (f"vlm/{name}" for name in (
+PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN, HARDWARE, FUSION, SHOTS, MASKED, QUERIES, COMPRESSED = (f"vlm/{name}" for name in (
     "clip_pruning", "token_merging", "token_reduction", "photographs", "token_scaling", "qwen_pruning", "hardware", "low_rank_fusion", "few_shot",
-    "masked_pretraining", "query_tokens"))
+    "masked_pretraining", "query_tokens", "distil_and_prune"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
 ATTENTION, MAMBA2 = (dict(variant=begins(name), latency_ms_median=min) for name in ("attention", "Mamba-2 (ours)"))  # the faster precision
@@ -220,6 +220,11 @@ def masked(variant):
 def queried(method):
     """Change of accuracy against average pooling to as many tokens, after equal seconds of training."""
     return Cell("query_equal_seconds", "accuracy_minus_pool", dict(method=method, tokens=16), "points", ("tokens",))
+
+
+def compressed(method):
+    """Change of accuracy of a compressed CLIP against a smaller one that was trained as long as it and its teacher."""
+    return Cell("distil_and_prune", "accuracy_minus_smaller", dict(method=method), "points", ("n_trainings",))
 
 
 def feature_kept(method):
@@ -458,4 +463,11 @@ FINDINGS = [
         "with average pooling to as many.",
         limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", more="With queries that start from a place: {place}; merging: {merge}.",
         beside=dict(place=queried("place"), merge=queried("merge"))),
+    Finding(
+        "compressed", COMPRESSED, "Does compressing a CLIP beat training a smaller one?", compressed("two steps"),
+        "A small CLIP distilled into fewer layers and then pruned by gates to half of its size has {value} of class accuracy, compared with a "
+        "model of half the layers that was trained from the start for the time of both.",
+        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.",
+        more="Gates alone {gates}; half of the layers, distilled, {layers}; heads and channels chosen by chance {random}.",
+        beside=dict(gates=compressed("gates"), layers=compressed("everything"), random=compressed("random"))),
 ]
