@@ -130,12 +130,16 @@ def write_project_tables(root):
                   airport={"Baseline": 0.9, "SplitMRSS α=0.5, aligned": 0.8, "SplitMRSS α=0.5, swapped": 1.0}).items()
               for name, error in variants.items()]
     write_csv(place / "signals_quality.csv", pd.DataFrame(errors))
-    variants = {"attention (sdpa)": 0.01, "SSD transformers, Q=256": 0.2, "SSD transformers, Q=32": 0.1, "SSD minimal": 0.04, "SSD (ours)": 0.02}
+    variants = {"attention (sdpa)": 0.01, "S6 mambapy pscan": 0.2, "S6 (ours)": 0.1, "SSD (ours)": 0.02}
     timed(place, "scan_speed", base, [{"pass": kind, "length": t, "variant": name, "ms": times * unit * t * (t / 256)**(name[0] == "a")}
                                       for kind, times in two for name, unit in variants.items() for t in (128, 256, 512, 1024)])
-    timed(place, "scan_layers", base, [dict(length=t, variant=name, ms=ms) for t in (256, 512, 1024)
+    forms = {"ours": 2, "ours, compiled": 1.5, "minimal, Q=32": 5, "minimal, Q=64": 4, "minimal, compiled, Q=64": 3, "transformers, Q=64": 9}
+    timed(place, "scan_chunks", base, [{"pass": kind, "states": n, "length": 1024, "variant": name, "ms": times * ms * n}
+                                       for kind, times in two for name, ms in forms.items() for n in (16, 64)])
+    timed(place, "scan_layers", base, [dict(length=t, variant=name, ms=ms, width=64, states=8, params_over_attention=1.8) for t in (256, 512, 1024)
                                        for name, ms in (("attention", 3 * (t / 128) ** 2), ("attention, bfloat16", (t / 128) ** 2),
-                                                        ("Mamba-2 transformers", 80), ("Mamba-2 (ours)", 8), ("Mamba-2 (ours), bfloat16", 9))])
+                                                        ("Mamba-2 transformers", 80), ("Mamba-2 (ours)", 8), ("Mamba-2 (ours), bfloat16", 9),
+                                                        ("Mamba-2 N=64 (ours)", 7))])
     timed(place, "scan_decode", base, [dict(context=t, variant=name, ms=ms) for t in (256, 1024)
                                        for name, ms in (("attention", t / 64), ("Mamba-2", 2), ("Mamba", 3))])
     answers = [dict(task="copying", variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.1 * (seed - 1) * (name[0] == "h")),
@@ -159,10 +163,12 @@ def write_project_tables(root):
     write_csv(place / "scan_clip_quality.csv", pd.DataFrame(hybrids))
     forms = [("explicit", 0, 1, 200.0), ("explicit, bmm", 0, 1, 100.0), ("blocked", 64, 64, 640.0), ("blocked", 8, 8, 640.0),
              ("hankel", 4, 1, 1.0), ("hankel", 8, 1, 2.0), ("hankel", 16, 1, 4.0)]
-    timed(place, "kernel_distillation_latency", base,
+    prompts = [dict(phase="prefill", kernel="per channel", method=m, rank=r, tokens=1, taps=8192, us_per_token=1e3 * ms, ms=ms)
+               for m, r, ms in (("explicit", 0, 1.0), ("hankel", 8, 3.0))]
+    timed(place, "kernel_distillation_latency", base, prompts +
           [dict(phase="decode", kernel="per channel", method=m, rank=r, tokens=t, taps=taps, us_per_token=1e3 * ms / t, ms=ms)
            for m, r, t, ms in forms for taps in (512, 8192)])
-    errors = [dict(task=task, kind=kind, method=method, seed=s, rank=r, saving=20 / r, output_error=error * worse / r + s / 10000)
+    errors = [dict(task=task, kind=kind, method=method, seed=s, rank=r, saving=20 / r, output_error=error * worse / r + s / 10000, task_error_ratio=1.1)
               for task, kind, error in (("text", "free", 0.4), ("digits", "free", 0.6), ("text", "s4d", 0.002))
               for method, worse in (("svd", 1), ("cut", 2)) for s in (1, 2, 3) for r in (1, 2, 4)]
     write_csv(place / "kernel_distillation_quality.csv", pd.DataFrame(errors))

@@ -202,7 +202,7 @@ EXPECTED = dict(
     scan_attention=(8, "**Mamba-2 from 512 tokens on, attention up to 256.**"),
     scan_decode=(8, "**Yes, from 256 tokens on, the smallest number measured.**"), scan_library=(2, "**Yes: 2.0× as fast as the next.**"),
     multirate_error=(2, "**Not for free: 2.0× the errors.**"), router=(3, "**No: 3.0× the errors.**"), distil_decode=(5, "**Yes, if the kernel is one: 5.0× as fast.**"),
-    distil_error=(0.2002, "**No: 20.0 % error.**"), vision_speed=(2, "**At 4096 patches: 2.0× as fast.**"), vision_error=(2, "**No: 2.0× the errors.**"),
+    distil_error=(0.2002, "**Not within one per cent: 20.0 % output error.**"), vision_speed=(2, "**At 4096 patches: 2.0× as fast.**"), vision_error=(2, "**No: 2.0× the errors.**"),
     scan_clip=(0.9, "**Not closely: cosine 0.90.**"), original=(-0.05, "**No: 5.0 points lost.** With 68 %"),
     merging=(0.95, "**Cosine 0.95.** With 49 %"), tokens_free=(0, "**Three tenths of the compute: less than one point lost.**"), tokens_half=(0.94, "keeps 94.0 % (93.5–94.5)"),
     tokens_tome=(0.04, "**Yes: 4.0 points more.**"), photos=(0.1, "**Yes: 10.0 points more than ToMe.** On photographs, with 49 %"), tokens_time=(1.6, "**Yes: 1.6× as fast.**"),

@@ -63,9 +63,9 @@ def time_cases(table, cases, kind, limits, known=None, **columns):
         peak, source = peak_memory(calls[name], table.run.device, given)
         row = dict(peak_mem_mib=peak, mem_source=source, dtype=str(x.dtype).removeprefix("torch."))
         if kind == "forward":
-            flops = (known or {}).get(name) or count_flops(calls[name])
+            flops = (known or {}).get(name) or count_flops(calls[name])  # 0: only what the counter does not see
             nbytes = tensor_bytes(given) + x.numel() * x.element_size()  # read all, write an output as large as x
-            row |= dict(flops=flops, bytes_min=nbytes, limit_ms=limit_ms(flops, nbytes, limits.get(x.dtype, limits)))
+            row |= dict(flops=flops or None, bytes_min=nbytes, limit_ms=limit_ms(flops, nbytes, limits.get(x.dtype, limits)))
         return row
 
     return table.compare(calls, describe=describe, **columns, **{"pass": kind})

@@ -234,8 +234,8 @@ def count_flops(fn):
     return counter.get_total_flops()
 
 
-def ceilings(device, dtype=torch.float32, rounds=5):
-    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth (bytes/s)."""
+def ceilings(device, dtype=torch.float32, rounds=15):
+    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth of main memory (bytes/s)."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones((256 if device.type == "cuda" else 64) * 2**20 // 4, device=device)

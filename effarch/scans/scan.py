@@ -6,9 +6,16 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from effarch.checks import check, check_count
+
+
+def without_autocast(v):
+    """A block in which nothing on the device of tensor v falls to half precision."""
+    device = "cpu" if v.is_meta else v.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def at_least_float32(scan):
@@ -21,8 +28,7 @@ def at_least_float32(scan):
             real = isinstance(v, torch.Tensor) and v.is_floating_point()
             check(real, name, getattr(v, "dtype", type(v).__name__), "a tensor of floating-point numbers")
         kind = functools.reduce(torch.promote_types, {v.dtype for v in given}, torch.float32)
-        device = "cpu" if x.is_meta else x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with without_autocast(x):
             y, state = scan(*(v.to(kind) for v in given), **options)
         return y.to(x.dtype), state
     return wrapped
@@ -182,6 +188,27 @@ def ssd_minimal(x, delta, A, B, C, chunk=64):
     return (inside + inherited).flatten(3, 4).flatten(1, 2)[:, :x.shape[1]], states[:, -1]
 
 
+class DecayedAttention(torch.autograd.Function):
+    """y = ((C Bᵀ).tril() ∘ e^(ℓ_t - ℓ_s)) x inside each chunk: C, B (…, Q, N); log_decay ℓ (…, K, Q), descending; x (…, K, Q, P)."""
+
+    @staticmethod
+    def forward(ctx, C, B, log_decay, x):
+        decay = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
+        attention = (C @ B.mT).tril_()
+        y = (attention[..., None, :, :] * decay) @ x
+        ctx.save_for_backward(C, B, x, decay, attention, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        C, B, x, decay, attention, y = ctx.saved_tensors
+        with without_autocast(dy):
+            dx = (attention[..., None, :, :] * decay).mT @ dy
+            back = ((dy @ x.mT).mul_(decay)).sum(-3).tril_()
+            return back @ B, back.mT @ C, (dy * y).sum(-1) - (dx * x).sum(-1), dx
+
+
 def carry_at_once(log_decay, written, state):
     """`carry_states` as one matrix product: for a GPU, where each step of a loop is a kernel. log_decay (b, c, g, k)."""
     total = F.pad(log_decay.double().permute(0, 2, 3, 1), (1, 0)).cumsum(-1)  # float64: differences of long sums
@@ -209,8 +236,7 @@ def ssd_chunked(x, delta, A, B, C, state, chunk, careful):
     if careful:  # the masked half is zero, but 0 · NaN is NaN: take faults out here, and put them in below
         spoilt, x = (0 * x).cumsum(2), x.nan_to_num(0, 0, 0)
     # inside each chunk: masked, decayed attention
-    decay = torch.exp((total[..., :, None] - total[..., None, :]).clamp(max=0))  # b c g k q q
-    y = ((C @ B.mT).tril()[:, :, :, None] * decay) @ x.permute(0, 1, 3, 4, 2, 5)  # b c g k q p
+    y = DecayedAttention.apply(C, B, total, x.permute(0, 1, 3, 4, 2, 5))  # b c g k q p
     y = torch.addcmul(y.transpose(3, 4), inherited, torch.exp(total).transpose(3, 4)[..., None]).transpose(2, 3)
     y = y + spoilt if careful else y
     return y.flatten(3, 4).flatten(1, 2)[:, :length], state

@@ -135,7 +135,8 @@ PRUNING, MERGING, REDUCTION, PHOTOS, SCALING, QWEN, HARDWARE, FUSION, SHOTS, MAS
     "masked_pretraining", "query_tokens", "distil_and_prune"))
 BASELINE, SPLIT = dict(variant="Baseline"), dict(variant="SplitMRSS r=8 α=0.875")
 MILD, COARSE = dict(variant="SplitMRSS r=8 α=0.75"), dict(variant="SplitMRSS r=16 α=0.875")
-ATTENTION, MAMBA2 = (dict(variant=begins(name), latency_ms_median=min) for name in ("attention", "Mamba-2 (ours)"))  # the faster precision
+ATTENTION, MAMBA2, FEW_STATES = (dict(variant=begins(name), latency_ms_median=min)  # each in its faster precision
+                                 for name in ("attention", "Mamba-2 (ours)", "Mamba-2 N=64"))
 
 
 def original(design, suffix=""):
@@ -159,9 +160,14 @@ def signal_error(task, one="SplitMRSS α=0.75", other="Baseline"):
     return Errors("signals_quality", dict(variant=one), dict(variant=other), dict(task=task))
 
 
-def scan_speed(other, kind="forward"):
-    """Time of another scan over ours, at the largest length both reach; kind: the pass."""
-    return Times("scan_speed", other, dict(variant="SSD (ours)"), {"pass": kind, "length": max})
+def scan_form(other="minimal, Q", ours="ours", kind="forward"):
+    """Time of another form of SSD, with its best chunk length, over ours."""
+    return Times("scan_chunks", dict(variant=begins(other), latency_ms_median=min), dict(variant=ours), {"pass": kind, "states": 64, "length": max})
+
+
+def s6_speed(length):
+    """Time of mambapy's S6 over that of ours, with gradients."""
+    return Times("scan_speed", dict(variant="S6 mambapy pscan"), dict(variant="S6 (ours)"), {"pass": "forward+backward", "length": length})
 
 
 def layer_speed(other, length=max):
@@ -186,9 +192,9 @@ def decoding(other):
                  dict(phase="decode", kernel="per channel", taps=max), per="tokens", words=("rank",))
 
 
-def distilled_error(task, kind="free"):
-    """Output error at ten times fewer numbers, by the best method for each training."""
-    return Least("kernel_distillation_quality", "output_error", dict(task=task, kind=kind, saving=at_least(10)), unit="%")
+def distilled_error(task, kind="free", then="", unit="%"):
+    """Output error at ten times fewer numbers, by the best method for each training; then: another column of its row."""
+    return Least("kernel_distillation_quality", "output_error", dict(task=task, kind=kind, saving=at_least(10)), unit=unit, then=then)
 
 
 def hybrid(column):
@@ -301,7 +307,11 @@ FINDINGS = [
         "At {length} tokens a whole Mamba-2 layer is {value} as fast as an attention layer, each in its faster precision, and {early} "
         "at {early_length}.",
         below="Attention, up to {length} tokens.", above="Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
-        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(ATTENTION, min))),
+        more="Width {size_width}, {size_states} states, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
+             "MLP here. With 64 states Mamba-2 leads {few_told}.",
+        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(ATTENTION, min),
+                    size=Times("scan_layers", ATTENTION, MAMBA2, dict(length=max), words=("width", "states", "params_over_attention")),
+                    few=Start("scan_layers", ATTENTION, FEW_STATES, "length", "attention"))),
     Finding(
         "scan_decode", LAYERS, "Does a state decode faster than a cache?", decode_speed(),
         "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer, and {early} after {early_context}.",
@@ -309,15 +319,14 @@ FINDINGS = [
         beside=dict(start=Start("scan_decode", ATTENTION, dict(variant="Mamba-2"), "context", "attention"),
                     early=decode_speed(min))),
     Finding(
-        "scan_library", SCAN, "Is our scan the fastest in plain PyTorch?", scan_speed(dict(variant="SSD minimal")),
-        "Mamba-2's scan at {length} tokens is {value} as fast as the four sums of its paper, written plainly, with their best chunk length; with "
-        "gradients {training}, at {training_length}.",
+        "scan_library", SCAN, "Is our scan the fastest in PyTorch?", scan_form(),
+        "Mamba-2's scan of {length} tokens with {states} states is {value} as fast as the four sums of its paper, written plainly, with their best chunk "
+        "length; with gradients {training}, at {training_length}.",
         below="No: {short} as fast.", above="Yes: {short} as fast as the next.",
-        more="Than the transformers library's PyTorch path, with the faster of its chunk sizes, {library}; as whole "
-             "layers {layer}.",
-        beside=dict(training=scan_speed(dict(variant="SSD minimal"), "forward+backward"),
-                    library=scan_speed(dict(variant=begins("SSD transformers"), latency_ms_median=min)),
-                    layer=layer_speed(dict(variant=begins("Mamba-2 transformers"), latency_ms_median=min)))),
+        more="Both through torch.compile: {compiled}. Against the transformers library's PyTorch path, with its best chunk length, {library}. S6 with gradients "
+             "against mambapy: {s6} at {s6_length} tokens, {s6_short} at {s6_short_length}.",
+        beside=dict(training=scan_form(kind="forward+backward"), compiled=scan_form("minimal, compiled", "ours, compiled"), library=scan_form("transformers"),
+                    s6=s6_speed(max), s6_short=s6_speed(min))),
     Finding(
         "multirate_error", MULTI, "Do several rates help a real scan?",
         Errors("scan_quality", dict(variant="half at 1/4"), dict(variant="full rate"), dict(task="copying"), "accuracy",
@@ -334,18 +343,21 @@ FINDINGS = [
         below="Yes: {short} the errors.", above="No: {short} the errors.", more="With all tokens in the second layer: {whole}.",
         beside=dict(whole=routed("all tokens"))),
     Finding(
-        "distil_decode", DISTIL, "Is a state space the faster form of a long convolution?", decoding(dict(method="blocked", us_per_token=min)),
-        "A kernel that is a state space of {rank} modes, as S4D trains it, decodes {value} as fast as the exact convolution of "
-        "{taps} taps in blocks, its strongest form.",
+        "distil_decode", DISTIL, "Does a long convolution decode faster as a state space?", decoding(dict(method="blocked", us_per_token=min)),
+        "A kernel that is a state space of {rank} modes, such as an S4D of twice that order, decodes {value} as fast as the exact convolution of "
+        "{taps} taps in blocks of the best size tried.",
         below="No: {short} as fast.", above="Yes, if the kernel is one: {short} as fast.",
-        more="Next to the plain convolution it is {plain} as fast.",
-        beside=dict(plain=decoding(dict(method=begins("explicit"), us_per_token=min)))),
+        more="Next to the plain convolution it is {plain} as fast; with a whole prompt {prompt}, next to an FFT.",
+        beside=dict(plain=decoding(dict(method=begins("explicit"), us_per_token=min)),
+                    prompt=Times("kernel_distillation_latency", dict(method="explicit"), dict(method="hankel", rank=8),
+                                 dict(phase="prefill", kernel="per channel", taps=max)))),
     Finding(
-        "distil_error", DISTIL, "Do distilled kernels stay within one per cent?", distilled_error("text"),
+        "distil_error", DISTIL, "Can a trained long convolution be stored in ten times fewer numbers?", distilled_error("text"),
         "Convolutions trained on text with free taps and then stored in ten times fewer numbers have {value} relative output "
         "error, by the best method for each.",
-        limit=0.01, below="Yes.", above="No: {short} error.", more="On digits {digits}; trained as state spaces, on text, {s4d}.",
-        beside=dict(digits=distilled_error("digits"), s4d=distilled_error("text", "s4d"))),
+        limit=0.01, below="Yes, within one per cent.", above="Not within one per cent: {short} output error.",
+        more="The task's own error becomes {task} what it was. On digits {digits}; trained as state spaces, on text, {s4d}.",
+        beside=dict(task=distilled_error("text", then="task_error_ratio", unit="×"), digits=distilled_error("digits"), s4d=distilled_error("text", "s4d"))),
     Finding(
         "vision_speed", SEES, "Is a scan over patches faster than attention?", seeing_speed(),
         "At {length} patches two Vision Mamba blocks are {value} as fast as a transformer layer with as many parameters, each in its faster "

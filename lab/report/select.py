@@ -213,7 +213,7 @@ class Times:
         n_of = "rounds" + (f" in {len(processes)} runs" if len(processes) > 1 else "")
         source = f"{self.table}_raw.csv: {describe(self.where | shared | told(self.a, first))} over {describe(told(self.b, second))}"
         return measured(ratio_interval(*pairs), sum(map(len, pairs[0])), n_of, source,
-                        shared | {w: second[w] for w in self.words}, self.unit)
+                        shared | {w: second[w] for w in self.words if w in second}, self.unit)
 
 
 def told(side, row):
@@ -275,21 +275,24 @@ class Errors:
 @dataclass(frozen=True)
 class Least:
     """Mean over trainings (`over`) of the least value of a column among each one's rows, such as its best method's error;
-    Student's interval."""
+    Student's interval. then: of those same rows, the value of another column."""
 
     table: str
     column: str
     where: dict
     over: str = "seed"
     unit: str = ""
+    then: str = ""
 
     def measure(self, place):
         found = rows(place.table(self.table), self.where)
         if found.empty:
             raise Missing(describe(self.where))
-        least = found.groupby(self.over)[self.column].min()
-        return measured(t_interval(least), len(least), "trainings",
-                        f"{self.table}.csv: {describe(self.where)}, least {self.column} of each {self.over}", unit=self.unit)
+        if self.then and self.then not in found:  # a table from before this column
+            raise Missing(describe(self.where))
+        least = found.loc[found.groupby(self.over)[self.column].idxmin(), self.then or self.column]
+        told = f"{self.then} where {self.column} is least" if self.then else f"least {self.column}"
+        return measured(t_interval(least), len(least), "trainings", f"{self.table}.csv: {describe(self.where)}, {told} of each {self.over}", unit=self.unit)
 
 
 @dataclass(frozen=True)
@@ -342,6 +345,7 @@ class Start:
         lost = max((value for value in faster if faster[value] is False), default=None)
         tail = ", the smallest number measured" if start == min(faster) else ""
         tail = f", {self.other} up to {lost:g}" if lost is not None else tail
+        told = f"from {start:g} {self.unit} on" if start < max(faster) else f"at {start:g} {self.unit}, the most measured"
         return measured(Estimate(float(start)), source=f"{self.table}_raw.csv: {describe(self.where | self.a)} over "
-                        f"{describe(self.b)}, along {self.along}", words=dict(told=f"from {start:g} {self.unit} on{tail}"),
+                        f"{describe(self.b)}, along {self.along}", words=dict(told=told + tail),
                         unit=self.unit)
