@@ -85,6 +85,8 @@ def kernel_gradient(x, grad, taps, chunk=256, lanes=512):
 
     Narrow layers take several sequences at once as further channels, up to `lanes`."""
     width, group, total = x.shape[2], max(1, lanes // x.shape[2]), 0
+    if not len(x):
+        return x.new_zeros(width, taps)
     for some, slopes in zip(x.split(group), grad.split(group), strict=True):
         bank = F.pad(some.transpose(0, 1).flatten(1), (0, 0, taps - 1, 0))  # (K − 1 + T, sequences · C)
         kernels = slopes.transpose(0, 1).flatten(1).split(chunk)

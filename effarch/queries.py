@@ -198,7 +198,7 @@ def merge_patches(x, count, attention=None, width=None):
     Similar is told by the first `width` channels. attention (B, N): what is looked at merges last, as in ProtectedMerging: the loss of
     a pair is times √((a + 0.05) · size), a over its mean."""
     check(1 <= count <= x.shape[1], "count", count, f"1 to {x.shape[1]}, the patches")
-    a = None if attention is None else attention / attention.mean(1, keepdim=True) + 0.05
+    a = None if attention is None else attention / attention.mean(1, keepdim=True).clamp(min=1e-30) + 0.05
     carried = x if a is None else torch.cat([x, a[..., None].to(x.dtype)], -1)
     tokens = Tokens(carried, None, 0, 0, sizes=torch.ones_like(x[..., 0], dtype=torch.float32))
     while (n := tokens.x.shape[1]) > count:

@@ -238,11 +238,18 @@ def replaced_attention(model, mixers):
     check(not wrong, "layers", wrong, f"0 to {len(layers) - 1}")
     name = "self_attn" if hasattr(layers[0], "self_attn") else "attention"
     before = {i: getattr(layers[i], name) for i in mixers}
+
+    def square(_, inputs):
+        shape = tuple(inputs[0].shape)
+        check(shape[-1] == shape[-2], "pixel_values.shape", shape, "square images: mixers of pictures see a square of patches")
+
+    guard = module.embeddings.register_forward_pre_hook(square)
     try:
         for i, mixer in mixers.items():
             setattr(layers[i], name, InPlace(mixer))
         yield model
     finally:
+        guard.remove()
         for i, attention in before.items():
             setattr(layers[i], name, attention)
 

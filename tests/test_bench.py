@@ -201,6 +201,20 @@ def test_a_fault_is_a_row_and_the_others_go_on(fault, status):
     assert attempt(fault, CPU).startswith(status)
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_who_names_no_device_is_timed_on_the_gpu_that_is_in_use(monkeypatch, used):
+    from effarch.bench import timing
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: used)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(timing, "attempt", lambda fn, device: "ok")
+    monkeypatch.setattr(timing, "time_once", lambda fn, device: seen.append(device.type) or 1.0)
+    timing.compare({"a": lambda: None}, rounds=3)
+    assert set(seen) == {"cuda" if used else "cpu"}
+
+
 @pytest.mark.parametrize("error", [TypeError("late"), AssertionError("late"), RuntimeError("late"), MemoryError("late")])
 @pytest.mark.parametrize("who", ["reference", "other"])
 def test_a_fault_in_a_timed_round_is_a_row_as_well(clock, error, who):

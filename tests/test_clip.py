@@ -16,13 +16,14 @@ import transformers
 from PIL import Image
 from test_encoder import build, close, library_feature
 
-from effarch.clip.checkpoints import load_checkpoint, locate_checkpoint, reachable
+from effarch.clip.checkpoints import hub_slug, load_checkpoint, locate_checkpoint, reachable
 from effarch.clip.digits import DIGITS, digit_images, spell, train_digits_clip
 from effarch.clip.images import (
     CIFAR_CLASSES,
     Images,
     folder_images,
     load_images,
+    photo_files,
     preprocess,
     scaling,
     stratified,
@@ -145,6 +146,11 @@ def test_grey_of_sixteen_bits_and_floats_are_neither_white_nor_black(tmp_path):
         assert found.shape == (8, 8, 3) and np.abs(found[..., 1].astype(int) - expected).max() <= 1, name
 
 
+def test_a_float_picture_with_a_pixel_without_data_keeps_its_greys():
+    picture = to_rgb(Image.fromarray(np.float32([[0, 0.5], [1, np.nan]])))
+    assert np.asarray(picture)[..., 0].tolist() == [[0, 128], [255, 0]]
+
+
 def png_of(width, height):
     """A PNG header that promises width × height pixels, and little behind it."""
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -177,6 +183,9 @@ def test_folders_that_are_no_class(tmp_path):
     for name in (".cache", "__MACOSX"):
         (root / name).mkdir()
     (root / "Katze" / "._0.png").write_bytes(b"resource fork")
+    (root / "Katze/.ipynb_checkpoints").mkdir()
+    Image.new("RGB", (9, 9)).save(root / "Katze/.ipynb_checkpoints/0-checkpoint.png")
+    assert len(photo_files(root)[0]) == 6
     paths, labels, classes = folder_images(root)
     assert classes == ["Katze", "golden retriever"] and len(paths) == 6 and sorted(labels) == [0] * 3 + [1] * 3
     (root / "empty").mkdir()
@@ -186,6 +195,18 @@ def test_folders_that_are_no_class(tmp_path):
     image_folder(root, ("golden retriever",))
     with pytest.raises(ValueError, match="names differ by more"):
         folder_images(root)
+
+
+def test_links_and_unusual_endings(processor, tmp_path):
+    root = image_folder(tmp_path / "x", ("cat",))
+    image_folder(tmp_path / "y", ("dog",))
+    (root / "dog").symlink_to(tmp_path / "y/dog")
+    (root / "cat/gone.png").symlink_to("nowhere.png")
+    images = load_images(f"imagefolder:{root}", 9, processor)
+    assert len(images) == 6 and images.skipped == 1 and images.classes == ["cat", "dog"]
+    for i, (end, kind) in enumerate((("JPG", "JPEG"), ("jfif", "JPEG"), ("PNG", "PNG"))):
+        Image.new("RGB", (9, 9)).save(root / f"cat/{i}-more.{end}", format=kind)
+    assert len(folder_images(root)[0]) == 4 + 3 + 3
 
 
 def test_synthetic_images_have_the_models_size(processor):
@@ -269,6 +290,21 @@ def test_texts_that_are_all_alike_and_a_single_class_are_refused(clip):
         text_features(Fake(clip), ["zebra"], ["a {}"])
 
 
+def test_class_names_that_the_tokenizer_cannot_spell_are_refused(clip, tmp_path):
+    """Unknown words in different numbers have different features, so likeness alone does not tell; nor do no tokenizer files at all."""
+    from test_encoder import word_tokenizer
+
+    folder = save_clip(tmp_path / "x", clip)
+    word_tokenizer().save_pretrained(folder)
+    checkpoint = load_checkpoint(locate_checkpoint(str(folder)), torch.device("cpu"))
+    with pytest.raises(ValueError, match="class names=.*zebra.* is not allowed; allowed: names that the tokenizer can spell"):
+        text_features(checkpoint, ["zebra", "grey zebra"], ["this is a {}"])
+    assert text_features(checkpoint, ["cat", "dog"], ["this is a {}"]).isfinite().all()
+    with pytest.raises(ValueError):
+        bare = load_checkpoint(locate_checkpoint(str(save_clip(tmp_path / "bare", clip))), torch.device("cpu"))
+        text_features(bare, ["zebra", "horse"], ["a {}"])
+
+
 # checkpoints
 
 
@@ -304,6 +340,13 @@ def test_a_checkpoint_is_known_by_its_contents(clip, tmp_path):
         assert locate_checkpoint(str(two)).slug != before, name
 
 
+def test_two_hub_models_never_share_a_folder():
+    names = ["openai/clip-vit-base-patch16", "a-b/c", "a/b-c", "o/clip_v1", "o/clip-v1", "o/clip.v1", "o/clip--v1"]
+    slugs = [hub_slug(name) for name in names]
+    assert slugs[0] == "openai-clip-vit-base-patch16" and len(set(slugs)) == len(names)
+    assert all(re.fullmatch("[a-z0-9-]+", slug) for slug in slugs)
+
+
 def test_texts_are_padded_to_the_text_towers_length_even_if_the_tokenizer_does_not_know_it(clip, tmp_path):
     from test_encoder import word_tokenizer
 
@@ -328,6 +371,10 @@ def test_without_a_network_a_stand_in_or_a_clear_refusal(monkeypatch, tmp_path):
             locate_checkpoint("weights", smoke)
         with pytest.raises(ValueError, match="MODEL_ID='weights/clip/tiny' is not allowed"):
             locate_checkpoint("weights/clip/tiny", smoke)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ValueError, match="MODEL_ID='weights/clp' is not allowed; allowed: a folder that exists in weights"):
+        locate_checkpoint("weights/clp", smoke=True)
     checkpoint = load_checkpoint(location, torch.device("cpu"), smoke=True)
     assert not checkpoint.pretrained and checkpoint.tokenize is None
     assert reachable("http://127.0.0.1:9", 2) is False
@@ -410,12 +457,19 @@ def test_features_that_are_not_finite_are_a_status_and_no_number():
     bad[1, 2] = float("nan")
     row = judge_images(bad, good, text, torch.zeros(3))
     assert row["status"] == "nan" and quality_columns(per_image([row])) == dict(n_images=0, status="nan")
+    draws = [judge_images(good, good, text), row]  # one bad draw is not averaged away
+    assert quality_columns(per_image(draws)) == dict(n_images=0, status="nan")
 
 
 def test_half_precision_features_are_judged_in_float32():
     features = F.normalize(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     row = judge_images(features.bfloat16(), features, torch.eye(64), torch.zeros(9))
-    assert per_image([row])["cosine"].min() > 0.999 and len(set(row["cosines"].split())) > 1
+    assert per_image([row])["cosine"].min() > 0.9999
+    other = judge_images(F.normalize(features.flip(0), dim=-1).bfloat16(), features, torch.eye(64))
+    assert len(set(other["cosines"].split())) > 3, "in bfloat16 cosines would have three digits"
+    x = torch.randn(99, 64, generator=torch.Generator().manual_seed(0))
+    seen = per_image([judge_images(F.normalize(x.bfloat16(), dim=-1), F.normalize(x, dim=-1))])["cosine"]
+    assert 0.9999 < seen.min() and seen.max() <= 1, "a length of bfloat16 is not 1"
 
 
 # digits and photographs

@@ -41,6 +41,7 @@ from effarch.compression import (
     unit_scores,
 )
 from effarch.masking import Pairs
+from effarch.token_reduction import encode_images
 
 
 def close(a, b, limit=1e-5):
@@ -415,3 +416,10 @@ def test_a_pretrained_tower_is_sliced_as_it_was_gated():
         gates.remove()
         close(see(slice_units(model, kept, gates.groups)), gated, 1e-4 * float(gated.abs().max()))
     assert {g.tower for g in gates.groups} == {"vision"} and len(TOWERS) == 2
+
+
+def test_a_sliced_model_is_not_read_as_if_it_had_all_its_heads(clip):
+    groups = unit_groups(clip)
+    sliced = slice_units(clip, [torch.arange(max(1, group.count // 2)) for group in groups], groups)
+    with pytest.raises(TypeError, match="layers with .* heads are not supported"):
+        encode_images(sliced, FEW)

@@ -456,6 +456,20 @@ def test_who_reads_the_patches_gets_them_all(family, name, options):
     close(reduced, dense, 1e-4)
 
 
+def test_a_mean_over_merged_patches_counts_their_sizes(pixels):
+    model, reducer = build("SigLIP without head"), REDUCERS["tome"](4)
+    with token_reduction(model, reducer):
+        mean = model(pixels).last_hidden_state.mean(1)
+    close(encode_images(model, pixels, reducer), F.normalize(mean, dim=-1))
+
+
+def test_hidden_states_asked_for_by_the_configuration(pixels):
+    clip = build("CLIP")
+    clip.vision_model.config.output_hidden_states = True
+    with token_reduction(clip, "ours", budget=0.6):
+        assert len(clip.vision_model(pixels).hidden_states) == 7
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_full_strength_changes_nothing_for_any_model(family, pixels):
     model = build(family)

@@ -196,6 +196,7 @@ def test_folders_are_meant_as_the_caller_sees_them(project, tmp_path, monkeypatc
     values = dict(MODEL_ID="openai/x", TUNE_DATASET=None) | values
     assert f"given {values['MODEL_ID']} {values['TUNE_DATASET']}" == seen
     absolute = runner.settings_for([notebook], [f"MODEL_ID={tmp_path}/caller/weights/clip", "TUNE_DATASET=imagefolder:~/x"])
+    assert runner.from_here("TRAIN", "imagefolder:weights/clip") == f"imagefolder:{os.path.relpath(tmp_path / 'caller/weights/clip', folder)}"
     assert absolute == [dict(MODEL_ID=f"{tmp_path}/caller/weights/clip", TUNE_DATASET="imagefolder:~/x")]
 
 

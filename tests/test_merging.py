@@ -407,3 +407,15 @@ def test_under_autocast_the_same_tokens_are_found_similar(make):
             reducer.after_attention(tokens)
         owners.append(tokens.owner)
     assert tokens.x.shape[1] < 65 and torch.equal(*owners)
+
+
+def test_the_cls_token_stays_where_it_looks_at_itself_only():
+    class Three(ProtectedMerging):
+        def merges(self, tokens):
+            return 3
+
+    x, k = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, 9, 8)
+    k[:, :, 0] = 100
+    tokens = Tokens(x, None, 1, 12, (2, 4), q=torch.full((1, 1, 9, 8), 2.0), k=k, v=x[:, None], owner=torch.arange(9)[None])
+    Three(0.5).after_attention(tokens)
+    assert tokens.x.shape[1] == 6 and tokens.owner[0, 0] == 0 and (tokens.owner[0, 1:] > 0).all() and tokens.sizes[0, 0] == 1

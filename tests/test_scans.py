@@ -456,3 +456,10 @@ def test_wrong_input_gives_one_clear_line(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert "\n" not in str(error.value) and re.search(words, str(error.value)) and "allowed" in str(error.value)
+
+
+def test_gradients_of_gradients_are_refused_and_not_wrong():
+    given = [v.requires_grad_() for v in random_ssd(70)]
+    (first,) = torch.autograd.grad(ssd(*given)[0].square().sum(), given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -115,6 +115,13 @@ def test_every_score_is_one_finite_number_a_patch_and_no_neighbour_changes_it(mo
         torch.testing.assert_close(many[1:2], one, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_scores_of_pictures_see_each_patch_where_sides_are_no_multiple_of_it(clip):
+    """70 × 66 pixels: 8 × 8 patches of 8, and a rest that is in none."""
+    flat = torch.zeros(1, 3, 70, 66)
+    flat[:, :, 24:32, 40:48] = pictures(1, 8)
+    assert (patch_variance(attended(clip, flat)) > 1e-6).nonzero().tolist() == [[0, 3 * 8 + 5]]
+
+
 def test_variance_and_saliency_find_the_patch_that_differs(clip):
     flat = torch.zeros(1, 3, 64, 64)
     flat[:, :, 24:32, 40:48] = pictures(1, 8)  # patch (3, 5) of the 8 × 8 grid
@@ -422,3 +429,38 @@ def test_names_of_scores_places_and_rests_belong_together():
     assert layers_of(BEFORE, 12) == (-1,) and layers_of(SINGLE, 12) == (3,) and layers_of(SEVERAL, 12) == (3, 6, 9)
     assert layers_of(EVERY, 12) == tuple(range(12))
     assert issubclass(Grid, InputPruning) and set(RESTS) == {"drop", "fuse", "evit", "evit_published", "merge"}
+
+
+def test_evits_token_is_the_plain_mean_where_all_that_leave_have_no_attention(clip):
+    start, scores = attended(clip, pictures(2)), torch.zeros(2, 64)
+    scores[:, 0] = 1
+    kept, rest = split_kept(start, scores, 20)
+    tokens = replace(start)
+    part_with(tokens, kept, rest, "evit", scores)
+    close(tokens.x[:, -1], torch.stack([x[i].mean(0) for x, i in zip(start.x, rest, strict=True)]), 1e-4)
+
+
+def test_the_nearest_in_half_precision_is_that_of_the_same_numbers_in_float32(clip):
+    start = attended(clip, pictures(2))
+    keys = (40 * torch.randn(2, 1, 65, 256, generator=torch.Generator().manual_seed(0)) + 100).bfloat16()
+    kept, rest = split_kept(start, torch.randn(2, 64, generator=torch.Generator().manual_seed(1)), 20)
+    owners = []
+    for k in (keys, keys.float()):
+        tokens = replace(start, k=k, owner=torch.arange(65).repeat(2, 1))
+        join_nearest(tokens, kept, rest)
+        owners.append(tokens.owner)
+    assert torch.equal(*owners)
+
+
+@pytest.mark.parametrize("depth, left", [(1, [64]), (2, [64, 16]), (3, [64, 16, 8]), (4, [64, 32, 16, 8])])
+def test_a_schedule_fits_few_layers(depth, left):
+    torch.manual_seed(0)
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**dict(SHAPE, num_hidden_layers=depth))).eval()
+    counts = [n - 1 for n, _ in trace_encoder(model, REDUCERS["dynamicvit"](0.5), pictures()).counts]
+    assert counts == left
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_images_are_no_features(clip, name):
+    reducer = REDUCERS[name](0.5 if reducer_kind(name) == "keep" else 6)
+    assert encode_images(clip, pictures()[:0], reducer).shape[0] == 0

@@ -244,3 +244,12 @@ def test_nothing_here_imports_a_method():
             "print([m for m in sys.modules if m.startswith('effarch.scans') or m.startswith('effarch.multirate')])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_agreement_of_a_number_that_is_none_is_no_agreement(tmp_path):
+    pairs = [torch.zeros(2), torch.tensor([float("nan")])], [torch.zeros(2), torch.zeros(1)]
+    agree = Agreement.__new__(Agreement)
+    agree.table = SimpleNamespace(add=lambda row: None)
+    agree("equal", [torch.zeros(2)], [torch.zeros(2)], 0)
+    with pytest.raises(AssertionError, match="two: max error nan"):
+        agree("two", *pairs, 1e-3)

@@ -101,7 +101,7 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
     interval was still wider when the time was used). A failed case keeps its `status` and has no times."""
     check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
-    device = device or torch.device("cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
     references = against if isinstance(against, list) else [against]
     begin = clock()
     rows = {}

@@ -23,7 +23,7 @@ from effarch.checks import check  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 DEFAULT_MODEL = "openai/clip-vit-base-patch16"
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a checkpoint: configurations, vocabularies, weights
+FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")  # of a checkpoint: configurations, vocabularies, weights
 
 
 def reachable(url, seconds=6):
@@ -60,12 +60,20 @@ def safe_slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def is_local(model_id):
+def hub_slug(model_id):
+    """A file name for owner/name: `safe_slug`, and six digits of its hash where another name could have the same one."""
+    owner, _, name = model_id.lower().partition("/")
+    only = re.fullmatch("[a-z0-9]+", owner) and re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name)
+    return safe_slug(model_id) + ("" if only else f"-{hashlib.sha256(model_id.lower().encode()).hexdigest()[:6]}")
+
+
+def is_local(model_id, smoke=False):
     """Whether MODEL_ID means a folder here (else a hub id); ValueError for neither, a misspelt folder say: smoke runs ask no hub."""
     check(isinstance(model_id, str) and model_id.strip(), "MODEL_ID", model_id, "a folder or a hub id")
     local = Path(model_id).expanduser().is_dir() or model_id[0] in "/.~"
     check(local or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_id), "MODEL_ID", model_id,
           "a folder that exists, or a hub id: owner/name")
+    check(local or not smoke or not Path(model_id).parent.is_dir(), "MODEL_ID", model_id, f"a folder that exists in {Path(model_id).parent}")
     return local
 
 
@@ -74,13 +82,13 @@ def locate_checkpoint(model_id, smoke=False):
 
     A smoke run downloads nothing. ValueError for a folder without config.json and safetensors weights, and
     for a hub id other than the default that cannot be had."""
-    if is_local(model_id):
+    if is_local(model_id, smoke):
         folder = Path(model_id).expanduser()
         good = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
         check(good, "MODEL_ID", model_id, "a folder with config.json and *.safetensors, or a hub id")
         digest = folder_hash(folder)
         return Location(str(folder), f"{safe_slug(folder.resolve().name) or 'checkpoint'}-{digest[:6]}", digest=digest)
-    slug, why = safe_slug(model_id), "a smoke run downloads nothing"
+    slug, why = hub_slug(model_id), "a smoke run downloads nothing"
     if not smoke:
         from huggingface_hub import snapshot_download
 
@@ -155,6 +163,7 @@ def load_checkpoint(location, device, smoke=False):
     def tokenize(texts):
         return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
+    tokenize.spell = lambda text: tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
     weights = sorted(Path(location.folder).glob("*.safetensors")) if local else []
     revision = getattr(model.config, "_commit_hash", None) or Path(location.folder).resolve().name
     facts = dict(checkpoint=location.slug, revision=revision, image_processor=type(processor).__name__,

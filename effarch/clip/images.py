@@ -85,12 +85,18 @@ def stratified(labels, count, seed):
     return order[np.argsort(rank[order], kind="stable")][:count]
 
 
+def pictures_below(folder):
+    """The image files below a folder, sorted; without hidden ones and what is in hidden folders, such as thumbnails."""
+    hidden = lambda file: any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not hidden(file))
+
+
 def folder_images(path):
     """(paths, labels, classes) of a folder with one folder of images per class."""
     root = Path(path).expanduser()
     check(root.is_dir(), "DATASET", f"imagefolder:{path}", "a folder that exists")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-    files = [sorted(f for f in p.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")) for p in folders]
+    files = [pictures_below(p) for p in folders]
     empty = [p.name for p, inside in zip(folders, files, strict=True) if not inside]
     check(folders and not empty, "DATASET", f"imagefolder:{path}",
           f"one folder per class with images in each; without: {empty or 'all'}")
@@ -105,7 +111,7 @@ def photo_files(path):
     """(paths, groups) of all images below a folder, unlabelled. Files whose names differ in a last number only, such as
     cat-0.jpg and cat-1.jpg, are parts of one picture: a group."""
     root = Path(path).expanduser()
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")) if path and root.is_dir() else []
+    files = pictures_below(root) if path and root.is_dir() else []
     check(files, "DATASET", f"photos:{path}", "a folder with images in it")
     return files, [re.sub(r"-\d+$", "", f.relative_to(root).with_suffix("").as_posix()) for f in files]
 
@@ -154,7 +160,7 @@ def to_rgb(picture):
     """A PIL image as it is meant to be seen, in RGB: turned as its EXIF says; grey values of 16 bits or floats in 0…255."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut them off at 255
-        values = np.asarray(picture, np.float64)
+        values = np.nan_to_num(np.asarray(picture, np.float64), nan=0.0)
         most = 1 if picture.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
         picture = Image.fromarray((values / most * 255).clip(0, 255).round().astype(np.uint8))
     return picture.convert("RGB")

@@ -1,6 +1,7 @@
 """What a method did to each single image, and how certain the averages are."""
 
 import numpy as np
+import torch.nn.functional as F
 
 from effarch.bench.intervals import bootstrap_mean, wilson, with_interval
 
@@ -20,6 +21,7 @@ def judge_images(features, dense, text=None, labels=None, names=None, zero_shot=
     features, dense = features.float(), dense.float()  # half precision would round a cosine to three digits
     if not features.isfinite().all():
         return dict(row, status="nan")
+    features, dense = (F.normalize(v, dim=-1) for v in (features, dense))  # and lengths
     row["cosines"] = " ".join(f"{c:.4f}" for c in (features * dense).sum(-1).tolist())
     if text is not None:
         predicted, expected = ((f @ text.float().T).argmax(-1) for f in (features, dense))
@@ -38,7 +40,12 @@ JUDGED = {"cosine": ("cosines", "cosine_mean"), "agreement": ("agrees", "top1_ag
 
 
 def per_image(rows):
-    """Rows from `judge_images` (one per random draw) → {what is judged: (N,) or None}; the draws' mean per image."""
+    """Rows from `judge_images` (one per random draw) → {what is judged: (N,) or None}; the draws' mean per image.
+
+    One draw that was not finite leaves nothing to average: a mean of the others would hide it."""
+    if any(row.get("status") == "nan" for row in rows):
+        return dict.fromkeys(JUDGED)
+
     def values(column):
         parts = [[float(v) for v in row[column].split()] if column == "cosines" else [f == "y" for f in row[column]]
                  for row in rows if row.get(column)]

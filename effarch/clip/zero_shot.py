@@ -2,6 +2,8 @@
 
 It is zero-shot only where the text tower never saw labels of these images; hence "class-name head"."""
 
+import unicodedata
+
 import torch
 import torch.nn.functional as F
 
@@ -59,6 +61,16 @@ def encode_texts(checkpoint, texts, batch=64):
     return torch.cat(rows)
 
 
+def unspelt(checkpoint, names):
+    """Those names that are not the same after the tokenizer's way there and back, but for case, accents and what is no letter or digit."""
+    def letters(text):
+        text = unicodedata.normalize("NFKD", text.casefold())
+        return "".join(c for c in text if c.isalnum())
+
+    spell = getattr(checkpoint.tokenize, "spell", None)
+    return [name for name in names if letters(spell(name)) != letters(name)] if spell else []
+
+
 @torch.no_grad()
 def text_features(checkpoint, classes, templates):
     """(C, P): per class the normalised mean of its prompts' normalised features.
@@ -66,6 +78,8 @@ def text_features(checkpoint, classes, templates):
     ValueError with fewer than two classes, and where two classes get the same feature: a tokenizer that does not know
     their names makes all texts alike, and every prediction the first class."""
     check(len(classes) >= 2, "class names", classes, "at least two: with one, every prediction is right")
+    unknown = unspelt(checkpoint, classes)
+    check(not unknown, "class names", unknown[:3], "names that the tokenizer can spell")
     features = encode_texts(checkpoint, [template.format(name) for name in classes for template in templates])
     features = F.normalize(features.unflatten(0, (len(classes), -1)).mean(1), dim=-1)
     alike = (features @ features.T).fill_diagonal_(-1)

@@ -12,12 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from effarch.checks import check, check_count
 
 
-def without_autocast(v):
-    """A block in which nothing on the device of tensor v falls to half precision."""
-    device = "cpu" if v.is_meta else v.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def at_least_float32(scan):
     """Decorate scan(x, delta, A, B, C, state=None, …) → (y, state): all is computed in the inputs' common type, float32
     at least, also under autocast, as half precision is not enough for products of many decays. y has x's type."""
@@ -28,7 +22,8 @@ def at_least_float32(scan):
             real = isinstance(v, torch.Tensor) and v.is_floating_point()
             check(real, name, getattr(v, "dtype", type(v).__name__), "a tensor of floating-point numbers")
         kind = functools.reduce(torch.promote_types, {v.dtype for v in given}, torch.float32)
-        with without_autocast(x):
+        device = "cpu" if x.is_meta else x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             y, state = scan(*(v.to(kind) for v in given), **options)
         return y.to(x.dtype), state
     return wrapped
@@ -203,10 +198,9 @@ class DecayedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         C, B, x, decay, attention, y = ctx.saved_tensors
-        with without_autocast(dy):
-            dx = (attention[..., None, :, :] * decay).mT @ dy
-            back = ((dy @ x.mT).mul_(decay)).sum(-3).tril_()
-            return back @ B, back.mT @ C, (dy * y).sum(-1) - (dx * x).sum(-1), dx
+        dx = (attention[..., None, :, :] * decay).mT @ dy
+        back = (dy @ x.mT).mul_(decay).sum(-3).tril_()
+        return back @ B, back.mT @ C, (dy * y).sum(-1) - (dx * x).sum(-1), dx
 
 
 def carry_at_once(log_decay, written, state):
@@ -248,7 +242,7 @@ def ssd(x, delta, A, B, C, state=None, chunk=None, segment=2048, recompute=False
 
     x (B, T, H, P); delta (B, T, H), delta ≥ 0; A (H,), A ≤ 0; B, C (B, T, G, N), H a multiple of G; state
     (B, G, N, H/G, P) to start from; chunk, None: 32, and 64 from 64 states on. Equal to `ssd_sequential` for every
-    chunk and segment. ValueError for shapes or values that do not fit."""
+    chunk and segment; its gradients have none of their own. ValueError for shapes or values that do not fit."""
     check(x.dim() == 4 and x.shape[1] > 0, "x.shape", tuple(x.shape), "(B, T, H, P) with T ≥ 1")
     check(delta.shape == x.shape[:3], "delta.shape", tuple(delta.shape), f"{tuple(x.shape[:3])}: batch, length, heads of x")
     check(A.shape == x.shape[2:3], "A.shape", tuple(A.shape), f"{tuple(x.shape[2:3])}: heads of x")

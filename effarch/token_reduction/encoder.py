@@ -86,7 +86,8 @@ def start_encoder(tower, pixels, layers=0, reducer=None, trace=False, interpolat
     sides = tuple(pixels.shape[-2:])
     interpolate = sides != sides_of(tower.image_size) if interpolate is None else interpolate
     grid = tuple(side // patch for side, patch in zip(sides, tower.patch.kernel_size, strict=True))
-    tokens = Tokens(tower.embed(pixels, interpolate), pixels, tower.prefix, len(tower.blocks), grid)
+    covered = pixels[..., :grid[0] * tower.patch.kernel_size[0], :grid[1] * tower.patch.kernel_size[1]]  # what is left over is in no patch
+    tokens = Tokens(tower.embed(pixels, interpolate), covered, tower.prefix, len(tower.blocks), grid)
     n = tokens.x.shape[1]
     tokens.macs = (n - tower.prefix) * tower.patch.weight.numel()
     if tower.rotary is not None:

@@ -201,7 +201,7 @@ class ProtectedMerging(MergeSimilar):
         if not self.protect:
             return None
         scores = importance(tokens)
-        weight = F.pad(scores / scores.mean(1, keepdim=True) + 0.05, (tokens.prefix, 0))
+        weight = F.pad(scores / scores.mean(1, keepdim=True).clamp(min=1e-30) + 0.05, (tokens.prefix, 0))  # CLS may see itself only
         return (weight if tokens.sizes is None else weight * tokens.sizes).sqrt()
 
     def after_attention(self, tokens):

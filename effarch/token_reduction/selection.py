@@ -113,7 +113,7 @@ def layers_of(place, depth):
 
 def join_nearest(tokens, kept, rest):
     """Each of `rest` (B, R) merges into the kept token, never the CLS token, with the most similar key."""
-    metric = F.normalize(tokens.x if tokens.k is None else tokens.k.mean(1), dim=-1)
+    metric = F.normalize((tokens.x if tokens.k is None else tokens.k.mean(1)).float(), dim=-1)
     a, b = take(metric, rest), take(metric, kept[:, tokens.prefix:])
     tokens.macs += a.shape[1] * b.shape[1] * a.shape[2]
     merge(tokens, kept, rest, (a @ b.transpose(1, 2)).argmax(-1) + tokens.prefix)
@@ -126,7 +126,7 @@ def part_with(tokens, kept, rest, how, scores):
     if how == "merge":
         return join_nearest(tokens, kept, rest)
     sizes = torch.ones_like(tokens.x[..., 0], dtype=torch.float32) if tokens.sizes is None else tokens.sizes
-    weight = sizes.gather(1, rest) if how == "fuse" else scores.gather(1, rest - tokens.prefix)
+    weight = sizes.gather(1, rest) if how == "fuse" else scores.gather(1, rest - tokens.prefix) + 1e-30  # all zero: their mean
     token, total = (take(tokens.x, rest) * weight[..., None]).sum(1), weight.sum(1)
     drop(tokens, kept)
     append(tokens, token if how == "evit_published" else token / total[:, None], total if how == "fuse" else None)
@@ -232,20 +232,21 @@ class PruMergeLike(Reducer):
         count = kept_count(self.keep, n)
         if tokens.layer != tokens.depth // 4 or count == n:
             return
-        scores = importance(tokens).to(tokens.x.dtype)
+        scores = importance(tokens).float()
         by_attention = scores.topk((count + 1) // 2, dim=1).indices
         chosen = scores.scatter(1, by_attention, 2.0)  # attention is at most 1
         free = (chosen >= 2).int().argsort(dim=1, stable=True)[:, : n - by_attention.shape[1]]  # the others, in raster order
         even = torch.linspace(0, free.shape[1] - 1, count - by_attention.shape[1], device=free.device).round().long()
         kept, rest = split_kept(tokens, chosen.scatter(1, free[:, even], 2.0), count)
-        metric = F.normalize(tokens.k.mean(1), dim=-1)
+        metric = F.normalize(tokens.k.mean(1).float(), dim=-1)
         similarity = take(metric, kept[:, p:]) @ take(metric, rest).transpose(1, 2)
         limit = similarity.topk(min(self.near, rest.shape[1]), dim=-1).values[..., -1:]
         weight = (similarity >= limit) * scores.gather(1, rest - p)[:, None]
-        mixed = take(tokens.x, kept[:, p:]) + weight @ take(tokens.x, rest)
+        mixed = take(tokens.x, kept[:, p:]) + weight @ take(tokens.x, rest).float()
         tokens.macs += count * rest.shape[1] * (metric.shape[-1] + mixed.shape[-1])
         drop(tokens, kept)
-        tokens.x = torch.cat([tokens.x[:, :p], mixed / (1 + weight.sum(-1, keepdim=True))], 1)
+        mixed = mixed / (1 + weight.sum(-1, keepdim=True))
+        tokens.x = torch.cat([tokens.x[:, :p], mixed.to(tokens.x.dtype)], 1)
 
 
 REDUCERS = {  # name → factory(strength, **options); strength: keep ratio, or mean tokens merged per layer

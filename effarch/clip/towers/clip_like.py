@@ -33,6 +33,9 @@ def blip_block(layer, width):
 def assemble(module, block, finish, pool, prefix=1, pre_norm=None, calls=(), pools=True, pool_macs=lambda n: 0):
     """The Tower of a module with CLIP's names."""
     config, emb = module.config, module.embeddings
+    heads = {getattr(layer.self_attn, "num_heads", config.num_attention_heads) for layer in module.encoder.layers}
+    if heads != {config.num_attention_heads}:
+        raise TypeError(f"layers with {sorted(heads)} heads are not supported; supported: {config.num_attention_heads} in each, as the configuration says")
     return Tower(
         module=module, embed=lambda pixels, interpolate=False: emb(pixels, interpolate_pos_encoding=interpolate),
         pre_norm=pre_norm or nn.Identity(), blocks=[block(layer, config.hidden_size) for layer in module.encoder.layers],
