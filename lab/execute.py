@@ -194,10 +194,12 @@ def execute(path, values, mode, staging):
 
 
 def tidy(copy):
-    """Make the executed copy a thing to read: without what changes from run to run, without the support code."""
+    """Make the executed copy a thing to read: without what changes from run to run, without the support code, and without
+    the results at a glance, which are those of the run before this one."""
     import nbformat
 
     notebook = nbformat.read(copy, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "glance" not in cell.metadata.get("tags", [])]
     for part in (notebook, *notebook.cells):
         for key in ("papermill", "widgets", "execution"):
             part.metadata.pop(key, None)
