@@ -357,7 +357,7 @@ def chosen_clip_adapter(support, steps=200):
 METHODS = {  # name → function: Support → head, a module (n, d) → logits (n, C)
     "zero-shot": zero_shot,
     "text + class mean": text_and_class_means,
-    "Tip-Adapter, as published": tip_adapter,
+    "Tip-Adapter, α = 1, β = 5.5": tip_adapter,
     "Tip-Adapter": chosen_tip_adapter,
     "APE": chosen_ape,
     "GDA": chosen_gda,

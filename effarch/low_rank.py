@@ -280,13 +280,13 @@ def tower_macs(model, reducer=None, image_size=None, images=0):
 ADAPTERS = {"LoRA": {}, "rsLoRA": dict(use_rslora=True), "PiSSA": dict(init_lora_weights="pissa_niter_8"), "DoRA": dict(use_dora=True)}
 
 
-def adapter_targets(model):
-    """Full names of the vision layers' nn.Linear modules, but for those with rows of zeros, where DoRA divides by zero.
+def adapter_targets(model, kind):
+    """Full names of the vision layers' nn.Linear modules; for DoRA without those with rows of zeros, since it divides by their norms.
 
     Full names, since a suffix such as 'q_proj' would hit the text tower, too."""
-    inside = {id(part) for layer in layers_of(model) for part in layer.modules()}
-    return [name for name, part in model.named_modules()
-            if id(part) in inside and isinstance(part, nn.Linear) and bool((part.weight.norm(dim=1) > 0).all())]
+    inside, picky = {id(part) for layer in layers_of(model) for part in layer.modules()}, ADAPTERS[kind].get("use_dora", False)
+    return [name for name, part in model.named_modules() if id(part) in inside and isinstance(part, nn.Linear)
+            and not (picky and bool((part.weight.norm(dim=1) == 0).any()))]
 
 
 def add_adapter(model, kind, rank=8, seed=0):
@@ -299,7 +299,7 @@ def add_adapter(model, kind, rank=8, seed=0):
     except ImportError:
         raise ImportError("adapters need the package peft: pip install peft") from None
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter_targets(model), **ADAPTERS[kind])
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter_targets(model, kind), **ADAPTERS[kind])
     return peft.get_peft_model(copy.deepcopy(model), config)
 
 

@@ -50,7 +50,7 @@ from effarch.few_shot import (
 from effarch.token_reduction import encode_images, reducer_for_budget
 
 NEEDS_TWO = {"Tip-Adapter", "APE", "GDA"}  # they hold out a shot and have no published number to fall back on
-CLOSED = {"zero-shot", "text + class mean", "Tip-Adapter, as published", "Tip-Adapter", "APE", "GDA"}
+CLOSED = {"zero-shot", "text + class mean", "Tip-Adapter, α = 1, β = 5.5", "Tip-Adapter", "APE", "GDA"}
 
 
 def make_support(shots=3, classes=4, d=24, noise=0.6, seed=0, dtype=torch.float32, near=0.7):

@@ -437,8 +437,9 @@ def test_adapters_start_at_the_model_and_are_merged_into_it(clip, broken, kind):
 def test_padded_rows_and_the_text_tower_are_no_targets(clip):
     padded = copy.deepcopy(clip)
     layers_of(padded)[2].mlp.fc2.weight[5] = 0
-    names = set(adapter_targets(padded))
-    assert set(adapter_targets(clip)) - names == {"vision_model.encoder.layers.2.mlp.fc2"}
+    names = set(adapter_targets(padded, "DoRA"))
+    assert set(adapter_targets(padded, "LoRA")) == set(adapter_targets(clip, "DoRA"))
+    assert set(adapter_targets(clip, "DoRA")) - names == {"vision_model.encoder.layers.2.mlp.fc2"}
     assert len(names) == 6 * 6 - 1 and not any("text" in name for name in names)
 
 

@@ -30,10 +30,17 @@ class Study:
         some = self.images.part(slice(0, len(features)))
         return judge_images(features, dense[:len(features)], self.text, some.labels, self.names, self.zero_shot)
 
+    @property
+    def image_set(self):
+        """What the images are, in words for a sentence."""
+        if self.images.classes == list(CIFAR_CLASSES):
+            return "enlarged CIFAR-10 images"
+        return "photographs" if self.images.groups else f"images of {self.images.source.partition(':')[0]}"
+
     def columns(self, seen, **baselines):
-        """`quality_columns` of the first images; where several are cut from one picture, pictures are redrawn."""
+        """`quality_columns` of the first images, and what they are; where several are cut from one picture, pictures are redrawn."""
         n = next((len(values) for values in seen.values() if values is not None), 0)
-        return quality_columns(seen, self.images.groups and self.images.groups[:n], **baselines)
+        return dict(image_set=self.image_set) | quality_columns(seen, self.images.groups and self.images.groups[:n], **baselines)
 
 
 def prepare(run, location, dataset, n_images):

@@ -162,7 +162,7 @@ def signal_error(task, one="SplitMRSS α=0.75", other="Baseline"):
 
 def scan_form(other="minimal, Q", ours="ours", kind="forward"):
     """Time of another form of SSD, with its best chunk length, over ours."""
-    return Times("scan_chunks", dict(variant=begins(other), latency_ms_median=min), dict(variant=ours), {"pass": kind, "states": 64, "length": max})
+    return Times("scan_chunks", dict(variant=begins(other), latency_ms_median=min), dict(variant=ours), {"pass": kind, "states": 64, "length": max}, words=("states",))
 
 
 def s6_speed(length):
@@ -215,7 +215,7 @@ def seeing_error(other):
 
 def few_labels(method, shots=max):
     """Gain of a way to learn from a few labels over the head made of names, on the images themselves (not the far domain)."""
-    return Cell("few_shot_methods", "gain_over_zero_shot", dict(domain=differs("digits"), method=method, shots=shots), "points", ("shots",))
+    return Cell("few_shot_methods", "gain_over_zero_shot", dict(domain=differs("digits"), method=method, shots=shots), "points", ("shots", "domain"))
 
 
 def masked(variant):
@@ -235,12 +235,12 @@ def compressed(method):
 
 def feature_kept(method):
     """Cosine of a method's image feature to the whole encoder's, at half the multiply-adds."""
-    return Cell("clip_equal_compute", "cosine_mean", dict(method=method, budget=0.5), words=("share_of_dense_macs",))
+    return Cell("clip_equal_compute", "cosine_mean", dict(method=method, budget=0.5), words=("share_of_dense_macs", "image_set"))
 
 
 def reduced(column, method="ours", budget=0.5, unit="%"):
     """A cell of the comparison of token reductions at equal compute."""
-    return Cell("token_reduction_methods", column, dict(method=method, budget=budget), unit, ("macs_share",))
+    return Cell("token_reduction_methods", column, dict(method=method, budget=budget), unit, ("macs_share", "image_set"))
 
 
 def on_photographs(column, method="ours", unit="%"):
@@ -261,7 +261,7 @@ def image_speed(side):
 
 def form_speed(**form):
     """Time of the encoder in single precision with all tokens over that of another form, at the largest batch."""
-    return Times("hardware_forms", dict(form="float32 · all tokens"), form, dict(batch=max), words=("precision",))
+    return Times("hardware_forms", dict(form="float32 · all tokens, CLS-only last layer"), form, dict(batch=max), words=("precision", "cosine_mean"))
 
 
 def prompt_speed(where):
@@ -384,32 +384,38 @@ FINDINGS = [
         limit=-0.01, below="No: {short} lost.", above="Yes: at most one point lost."),
     Finding(
         "merging", MERGING, "How much of the image's feature survives merging?", feature_kept("ours"),
-        "With {share_of_dense_macs:.0%} of the multiply-adds, our merging keeps the feature at a cosine of {value} to the whole "
-        "encoder's.",
-        limit=None, above="Cosine {short}.", more="ToMe: {tome}; the original rule: {vtp}.",
+        "On {image_set}, with {share_of_dense_macs:.0%} of the multiply-adds, our merging keeps the feature at a cosine of {value} to the whole "
+        "encoder's; ToMe {tome}, the original rule {vtp}.",
+        limit=None, above="Cosine {short}.",
         beside=dict(tome=feature_kept("tome"), vtp=feature_kept("vtp"))),
     Finding(
         "tokens_free", REDUCTION, "How many tokens can go without losing accuracy?", reduced("accuracy_minus_dense", budget=0.7, unit="points"),
-        "Merging similar tokens our way with {macs_share:.0%} of the multiply-adds changes class-name accuracy by {value}.",
+        "On {image_set}, merging similar tokens our way with {macs_share:.0%} of the multiply-adds changes class-name accuracy by {value}, and that of "
+        "ImageNet's own names by {clean}.",
         limit=-0.01, below="Fewer: {short} lost.", above="Three tenths of the compute: less than one point lost.",
         more="{agreement} of the answers stay. At {half_macs_share:.0%} the change is {half}.",
-        beside=dict(agreement=reduced("top1_agreement", budget=0.7), half=reduced("accuracy_minus_dense", unit="points"))),
+        beside=dict(clean=reduced("zero_shot_accuracy_minus_dense", budget=0.7, unit="points"), agreement=reduced("top1_agreement", budget=0.7),
+                    half=reduced("accuracy_minus_dense", unit="points"))),
     Finding(
         "tokens_half", REDUCTION, "How many answers stay at half the compute?", reduced("top1_agreement"),
-        "With {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers.",
-        limit=None, above="{short}.", more="ToMe keeps {tome}, the original rule (largest patch norm) {vtp}.",
-        beside=dict(tome=reduced("top1_agreement", "tome"), vtp=reduced("top1_agreement", "vtp"))),
+        "On {image_set}, with {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers and {names} of those among "
+        "ImageNet's 999 names; ToMe {tome} and {tome_names}, the original rule (largest patch norm) {vtp} and {vtp_names}.",
+        limit=None, above="{short} of ten class names.",
+        beside={f"{key}{end}": reduced(column, method) for key, method in (("", "ours"), ("tome", "tome"), ("vtp", "vtp"))
+                for end, column in (("_names" if key else "names", "names_agreement"), ("", "top1_agreement")) if key or column == "names_agreement"}),
     Finding(
         "tokens_tome", REDUCTION, "Is that better than ToMe?", reduced("agreement_minus_tome", unit="points"),
-        "On the same images, with {macs_share:.0%} of the multiply-adds, {value} of answers that stay.",
-        limit=0.0, below="No: {short} fewer.", above="Yes: {short} more."),
+        "On the same {image_set}, with {macs_share:.0%} of the multiply-adds, {value} of class-name answers that stay; in accuracy the difference is {accuracy}, "
+        "at {most_macs_share:.0%} of the multiply-adds {most}.",
+        limit=0.0, below="No: {short} fewer answers stay.", above="Yes: {short} more answers stay.",
+        beside=dict(accuracy=reduced("accuracy_minus_tome", unit="points"), most=reduced("accuracy_minus_tome", budget=0.7, unit="points"))),
     Finding(
         "photos", PHOTOS, "And on photographs?", on_photographs("names_agreement_minus_tome", unit="points"),
-        "On photographs, with {macs_share:.0%} of the multiply-adds, {value} of answers that stay, compared with ToMe; the answers are "
-        "ImageNet's names.",
+        "On photographs, with {macs_share:.0%} of the multiply-adds, {value} of answers that stay, compared with ToMe; the answers are ImageNet's names. Ours keeps "
+        "{agreement} of them, ToMe {tome}, a smaller image, at {smaller_macs_share:.0%}, {smaller}.",
         limit=0.0, below="No: {short} fewer than ToMe.", above="Yes: {short} more than ToMe.",
         undecided="Undecided against ToMe.",
-        more="Ours keeps {agreement} of them and the feature at a cosine of {cosine}; ToMe {tome}, a smaller image {smaller}.",
+        more="The feature's cosine with ours: {cosine}.",
         beside=dict(agreement=on_photographs("names_agreement"), cosine=on_photographs("cosine_mean", unit=""),
                     tome=on_photographs("names_agreement", "tome"), smaller=on_photographs("names_agreement", "smaller_input"))),
     Finding(
@@ -418,14 +424,12 @@ FINDINGS = [
         below="No: {short} as fast.", above="Yes: {short} as fast.", more="With {small_batch} images: {small}.",
         beside=dict(small=reduced_time(batch=min))),
     Finding(
-        "tokens_input", REDUCTION, "Would a smaller image do as well?",
-        reduced("agreement_minus_tome", "smaller_input", unit="points"),
-        "Scaled down to {macs_share:.0%} of the multiply-adds, {value} of answers that stay, compared with ToMe.",
-        limit=0.0, below="No: {short} fewer answers stay.", above="Yes: {short} more answers stay.",
-        undecided="No difference from ToMe was found.",
-        more="Of its answers {agreement} stay, of ours {ours}. It is {speed} as fast as the whole encoder.",
-        beside=dict(agreement=reduced("top1_agreement", "smaller_input"), ours=reduced("top1_agreement"),
-                    speed=reduced_time("smaller_input"))),
+        "tokens_input", REDUCTION, "Would a smaller image do as well?", reduced("agreement_minus_ours", "smaller_input_over", unit="points"),
+        "Scaled down to {macs_share:.0%} of the multiply-adds, {value} of class-name answers that stay, compared with ours at half; to {under_macs_share:.0%}, the next size, "
+        "{under}.",
+        limit=0.0, below="No: {short} fewer answers stay.", above="Yes: {short} more answers stay.", undecided="No difference from ours was found.",
+        more="The smaller of the two is {speed} as fast as the whole encoder.",
+        beside=dict(under=reduced("agreement_minus_ours", "smaller_input", unit="points"), speed=reduced_time("smaller_input"))),
     Finding(
         "scaling", SCALING, "Does it pay more on larger images?", image_speed(max),
         "One image of {side} pixels a side, half the multiply-adds: {value} as fast as the whole encoder; {small} at "
@@ -434,33 +438,34 @@ FINDINGS = [
     Finding(
         "crossing", SCALING, "When does attention's square take over?",
         Cell("token_scaling_fits", "crossing_tokens", dict(shape="random-vit-b-16", batch=1, dtype="float32", attention="sdpa",
-                                                           method="dense"), "tokens", ("tokens_min",)),
-        "In a whole encoder of ViT-B/16's shape the quadratic term overtakes the linear ones at {value}; its images have "
-        "{tokens_min} as a rule.",
+                                                           method="dense"), "tokens", ("tokens_min", "tokens_max")),
+        "In a whole encoder of ViT-B/16's shape the quadratic term overtakes the linear ones at {value}, by a fit to images of {tokens_min} to {tokens_max} tokens; as a rule "
+        "its images have {tokens_min}.",
         limit=None, above="Beyond {short}."),
     Finding(
-        "hardware", HARDWARE, "What should be tried before dropping tokens?", form_speed(tokens="all tokens", latency_ms_median=min),
-        "With all tokens and {batch} images at a time, {precision} is {value} as fast as single precision; merging half of the "
-        "multiply-adds away as well, {both}.",
+        "hardware", HARDWARE, "What should be tried before dropping tokens?",
+        form_speed(tokens="all tokens, CLS-only last layer", precision=differs("float32"), latency_ms_median=min),
+        "With all tokens and {batch} images at a time, {precision} is {value} as fast as single precision, at a cosine of {cosine_mean:.4f}; merging half of the "
+        "multiply-adds away in {both_precision}, {both}, at {both_cosine_mean:.3f}.",
         below="Nothing: {short} as fast.", above="{precision}: {short} as fast.", more="Merging alone: {merged}.",
         beside=dict(both=form_speed(tokens="merged", latency_ms_median=min), merged=form_speed(form="float32 · merged"))),
     Finding(
-        "qwen", QWEN, "Where should a Qwen2.5-VL-class model drop vision tokens?",
+        "qwen", QWEN, "Where does dropping vision tokens save a Qwen2.5-VL-class model most time?",
         Times("qwen_places", dict(variant="after 0.25"), dict(variant="inside 0.25"), dict(side=max)),
-        "With a quarter of the tokens kept, a prompt with a picture of {side} pixels is read {value} as fast if they go inside "
-        "the vision tower rather than behind it.",
+        "With a quarter of the tokens kept, a prompt with a picture of {side} pixels is read {value} as fast if they go inside the vision tower rather than behind it "
+        "(a small model of the same shape with random weights: answers are not judged). Over all tokens: before the tower {before}, inside {inside}, behind it {after}, in "
+        "the language model {language}; a picture with a quarter of the pixels {image}.",
         below="Behind the vision tower.", above="Not behind the vision tower: inside it {short} as fast.",
-        more="Over all tokens: before the tower {before}, inside {inside}, behind it {after}, in the language model {language}.",
-        beside={where: prompt_speed(where) for where in ("before", "inside", "after", "language")}),
+        beside={where: prompt_speed(where) for where in ("before", "inside", "after", "language", "image")}),
     Finding(
         "fusion", FUSION, "At half the compute: thinner layers or fewer tokens?",
-        Cell("low_rank_grid", "names_agreement_minus_ours", dict(budget=0.5, keep=1.0), "points", ("params_share",)),
-        "With heads and hidden layers thinned (and repaired) to half of the multiply-adds, {value} of answers that stay, compared with merging "
+        Cell("low_rank_grid", "names_agreement_minus_ours", dict(budget=0.5, keep=1.0), "points", ("params_share", "image_set")),
+        "On {image_set}, with heads and hidden layers thinned (and repaired) to half of the multiply-adds, {value} of answers that stay, compared with merging "
         "tokens to the same budget; the answers are ImageNet's names.",
         limit=0.0, below="Fewer tokens: thinning loses {short}.", above="Thinner layers: {short} more.", undecided="Undecided."),
     Finding(
         "few_shot", SHOTS, "What do a few labels add?", few_labels("GDA"),
-        "With {shots} labelled images a class, Gaussian discriminant analysis answers {value} more than the head made of names alone.",
+        "On {domain}, with {shots} labelled images a class, Gaussian discriminant analysis answers {value} more than the head made of names alone.",
         limit=0.0, below="Nothing: {short}.", above="{short}.",
         more="With {one_shots} label a class {one}; there, adding the class means to the texts brings {means}.",
         beside=dict(one=few_labels("GDA", shots=min), means=few_labels("text + class mean", shots=min))),

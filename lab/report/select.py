@@ -178,7 +178,7 @@ class Cell:
     def measure(self, place):
         row = only(place.table(self.table), self.where)
         ends = [next((row[c] for c in (f"{self.column}_{end}", end) if c in row), math.nan) for end in ("low", "high")]
-        counted = next(((row[c], of) for c, of in (("n_images", "images"), ("n_runs", "rounds"), ("n", ""))
+        counted = next(((row[c], of) for c, of in (("n_pictures", "pictures"), ("n_images", "images"), ("n_trainings", "trainings"), ("n_runs", "rounds"), ("n", ""))
                         if c in row and not pd.isna(row[c])), (None, ""))
         if self.column not in row:
             raise Missing(self.column)
