@@ -137,18 +137,16 @@ def test_unpaired_rounds_give_no_ratio(tmp_path):
         Times("demo_speed", dict(variant="slow"), dict(variant="fast"), dict(length=64)).measure(place_of(tmp_path, report_world.CPU))
 
 
-def test_errors_are_paired_by_seed_and_counts_are_pooled(tmp_path):
+def test_errors_are_paired_by_seed_and_of_counts_half_an_error_is_added(tmp_path):
     rows = [dict(variant=v, train_seed=s, error=e, wrong=round(100 * e), n_test=100, status="ok")
             for v, errors in (("a", (0.2, 0.3, 0.1)), ("b", (0.1, 0.1, 0.1))) for s, e in enumerate(errors)]
     sides, place = (dict(variant="a"), dict(variant="b")), Place(tmp_path, "ssm", "x")
     write_csv(tmp_path / "quality.csv", pd.DataFrame(rows))
-    pooled, each = (Errors("quality", *sides, pooled=p).measure(place) for p in (True, False))
-    assert pooled.estimate.value == pytest.approx(60.5 / 30.5) and pooled.estimate.low < pooled.estimate.value < pooled.estimate.high
-    assert (pooled.n, pooled.n_of) == (300, "answers of 3 trainings")
+    each = Errors("quality", *sides).measure(place)
     assert each.estimate.value == pytest.approx((20.5 * 30.5 * 10.5 / 10.5**3) ** (1 / 3)) and each.n_of == "paired trainings"
     write_csv(tmp_path / "quality.csv", pd.DataFrame(rows).drop(columns="wrong"))
     os.utime(tmp_path / "quality.csv", ns=(1, 1))
-    paired = Errors("quality", *sides, pooled=True).measure(place)
+    paired = Errors("quality", *sides).measure(place)
     assert paired.estimate.value == pytest.approx(6 ** (1 / 3)) and (paired.n, paired.n_of) == (3, "paired trainings")
 
 

@@ -135,15 +135,6 @@ def seed_ratio(a, b):
     return Estimate(*(math.exp(v) for v in t_interval(np.log(a / b))))
 
 
-def count_ratio(wrong_a, n_a, wrong_b, n_b):
-    """Estimate of a ratio of two error shares from pooled counts: Katz's interval of the log ratio (Biometrics 34, 1978),
-    half an error added to each so that zero errors have one, too."""
-    shares = (wrong_a + 0.5) / (n_a + 0.5), (wrong_b + 0.5) / (n_b + 0.5)
-    half = 1.96 * (1 / (wrong_a + 0.5) - 1 / (n_a + 0.5) + 1 / (wrong_b + 0.5) - 1 / (n_b + 0.5)) ** 0.5
-    ratio = shares[0] / shares[1]
-    return Estimate(ratio, ratio * math.exp(-half), ratio * math.exp(half))
-
-
 def fit_loglog(x, y):
     """Estimate of the slope of log y over log x (Student's t); fewer than three points: no interval."""
     if len(x) < 2:

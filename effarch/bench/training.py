@@ -79,11 +79,11 @@ def train(network, batches, loss, steps, rate=3e-3):
         schedule.step()
 
 
-def learn(task, make, seed, steps, length=1024, dim=64, device=None):
+def learn(task, make, seed, steps, length=1024, dim=64, device=None, rate=3e-3, test_seed=1):
     """Train one small network of layers `make(dim)` on a task and test it; returns columns of its row.
 
     task: a name in TASKS. The averaging tasks take sequences of `length` steps, 8 at a time, fresh ones each step; their
-    error is the mean squared one of 32 sequences that are the same for all. Digits take 32 a step and are answered
+    error is the mean squared one of 32 sequences that are the same for all with this test_seed. Digits take 32 a step and are answered
     at the last step; their error is the share of wrong answers, with `wrong` of `n_test`. The same seed means the same
     data and start for every layer. A diverged network has error NaN."""
     check(task in TASKS, "task", task, ", ".join(TASKS))
@@ -98,10 +98,10 @@ def learn(task, make, seed, steps, length=1024, dim=64, device=None):
         outputs, loss = 10, lambda out, y: F.cross_entropy(out[:, -1], y)
     else:
         outputs, loss, taus = len(TASKS[task]), F.mse_loss, TASKS[task]
-        draw, test = lambda: averaging_task(8, length, taus, data), averaging_task(32, length, taus, torch.Generator().manual_seed(1))
+        draw, test = lambda: averaging_task(8, length, taus, data), averaging_task(32, length, taus, torch.Generator().manual_seed(test_seed))
     torch.manual_seed(seed)
     network = Network(make, dim, outputs).to(device)
-    train(network, lambda: [part.to(device) for part in draw()], loss, steps)
+    train(network, lambda: [part.to(device) for part in draw()], loss, steps, rate)
     with torch.inference_mode():
         out, y = network(test[0].to(device)), test[1].to(device)
     row = dict(params=sum(p.numel() for p in network.parameters()))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from effarch.bench.intervals import Estimate, count_ratio, decide, ratio_interval, seed_ratio, t_interval
+from effarch.bench.intervals import Estimate, decide, ratio_interval, seed_ratio, t_interval
 from effarch.bench.tables import read_csv
 
 PUBLISHED = ("full", "gpu", "cpu")  # gpu and cpu: from before the modes said how thorough a run is
@@ -234,8 +234,7 @@ class Errors:
     """Error of the trainings `a` over that of `b`, paired by seed.
 
     column: the error; with accuracy=True a share of right answers, whose error is 1 minus it. Where the table counts
-    answers (`wrong` of `n_test`), pooled=True adds the counts up; else half an error is added to each, so that a training
-    without any has a ratio, too."""
+    answers (`wrong` of `n_test`), half an error is added to each, so that a training without any has a ratio, too."""
 
     table: str
     a: dict
@@ -244,7 +243,6 @@ class Errors:
     column: str = "error"
     pair: str = "train_seed"
     accuracy: bool = False
-    pooled: bool = False
     unit: str = "×"
 
     def measure(self, place):
@@ -262,9 +260,6 @@ class Errors:
         source = f"{self.table}.csv: {describe(self.where | self.a)} over {describe(self.b)}"
         counts = ["wrong", "n_test"]
         counted = set(counts) <= set(table) and a[counts].notna().all(axis=None) and b[counts].notna().all(axis=None)
-        if counted and self.pooled:
-            ratio = count_ratio(*a[counts].sum(), *b[counts].sum())
-            return measured(ratio, a["n_test"].sum(), f"answers of {len(both)} trainings", source, unit=self.unit)
         if counted:
             a, b = ((side["wrong"] + 0.5) / side["n_test"] for side in (a, b))
         else:
