@@ -763,6 +763,19 @@ def test_processes_are_pooled_and_nothing_else_is_done_twice(tmp_path, clock):
     assert not list(tmp_path.rglob("*.journal"))
 
 
+def test_columns_that_a_later_cell_adds_to_a_comparison_keep_the_other_processes_times(tmp_path, clock, monkeypatch):
+    from effarch.bench import tables
+
+    def body(i, table, run):
+        monkeypatch.setattr(tables, "cells_fingerprint", lambda: "one cell")
+        rows = table.compare({"dense": clock.case(2.0), "ours": clock.case(1.0)}, length=1)
+        monkeypatch.setattr(tables, "cells_fingerprint", lambda: "two cells")
+        table.add([dict(row, per_token=row["latency_ms_median"] / 4) for row in rows.values()])
+    frame = in_processes(tmp_path, 3, body)
+    assert (frame["n_runs"] == 6).all() and (frame["per_token"] == frame["latency_ms_median"] / 4).all()
+    assert read_csv(next(tmp_path.rglob("t_raw.csv")))["process"].nunique() == 3
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_what_fails_in_one_process_has_failed(tmp_path, clock, failing):
     """Its row has a status, no times of the other processes and no ratio; the others are pooled."""

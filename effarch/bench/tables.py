@@ -139,10 +139,14 @@ class Table:
             row.setdefault("status", "ok")
             raw = row.get("raw_ms") or []
             row |= dict(raw_ms=[raw]) if len(raw) and not isinstance(raw[0], (list, tuple)) else {}
-        entry = dict(made_by=cells_fingerprint(), rows=[dict(self.run.row, **row) for row in rows])
-        entry = json.loads(json.dumps(entry, default=plain))
-        self._append(entry)
-        self._put(self._rows, entry)
+        code, parts = cells_fingerprint(), {}
+        for row in json.loads(json.dumps([dict(self.run.row, **row) for row in rows], default=plain)):
+            key = tuple(json.dumps(row[k]) for k in self.key)
+            same = row.get("raw_ms") and row["raw_ms"] == self._rows.get(key, {}).get("raw_ms")  # columns for a row that another cell measured
+            parts.setdefault(self._made_by[key] if same else code, []).append(row)
+        for made_by, some in parts.items():
+            self._append(entry := dict(made_by=made_by, rows=some))
+            self._put(self._rows, entry)
 
     def compare(self, cases, name="variant", ratios=None, speedups=None, describe=None, **common):
         """Time `cases` ({name: callable}) against each other and add one row each; returns {name: row}.
