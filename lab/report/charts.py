@@ -46,12 +46,12 @@ def named(table, column, names):
 def footer(table, device):
     """'device · weights · dtype · torch · n · commit' of the rows that a chart shows."""
     row = table.iloc[0]
-    counted = next((c for c in ("n_images", "n_runs") if c in table and table[c].notna().any()), None)
+    counted = next((c for c in ("n_pictures", "n_images", "n_runs") if c in table and table[c].notna().any()), None)
     weights = [] if pd.isna(row.get("weights")) else [row["weights"]]
     facts = [device, *weights, row["dtype"], f"torch {row['torch']}"]
     if counted:
         low, high = int(table[counted].min()), int(table[counted].max())
-        facts.append(f"{low if low == high else f'{low} to {high}'} {'images' if counted == 'n_images' else 'rounds'}")
+        facts.append(f"{low if low == high else f'{low} to {high}'} {dict(n_runs='rounds').get(counted, counted.removeprefix('n_'))}")
     if not pd.isna(row["git_commit"]):
         facts.append(f"commit {row['git_commit']}{'+' if str(row['git_dirty']) == 'True' else ''}")
     return " · ".join(facts)
@@ -175,9 +175,13 @@ def lines(axes, series, along, colours):
 
 
 def layers(axes, place):
-    """Time of a whole layer over the length of the sequence."""
-    names = {"attention": "attention", "Mamba-2 (ours)": "Mamba-2", "Mamba-2 transformers": "Mamba-2, library"}
-    series = named(place.table("scan_layers"), "variant", names)
+    """Time of a whole layer over the length of the sequence, of each the faster precision or chunk size."""
+    table = place.table("scan_layers").sort_values("latency_ms_median").dropna(subset=["latency_ms_median"])
+    names = {"attention": "attention", "Mamba-2 (ours)": "Mamba-2 (ours)", "Mamba-2 transformers": "Mamba-2, library"}
+    series = [(label, table[table["variant"].str.startswith(name)].drop_duplicates("length")) for name, label in names.items()]
+    series = [(label, part) for label, part in series if len(part)]
+    if not series:
+        raise Missing("layers")
     return lines(axes, series, "length", dict(zip(names.values(), (PROPOSED, OURS, GREY), strict=True)))
 
 
@@ -209,7 +213,7 @@ def distilled(axes, place):
     return pd.DataFrame([row for _, row in parts])
 
 
-NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT",
+NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, ÷ Σc",
          "smaller_input": "smaller image", "vtp": "original rule"}
 HIGHLIGHTS = {"ours": OURS, "ToMe": OTHER, "original rule": PROPOSED}
 
@@ -260,8 +264,8 @@ HEADLINES = [
      "Time of a forward pass relative to the baseline with the same convolution, with 95 % intervals: MRSS as proposed, then the "
      "designs that split channels by rate. Left of the line is faster."),
     ("scan_attention", "layers.png", "Time of a whole layer", layers,
-     "Milliseconds of a whole layer over the length of the sequence: attention, Mamba-2 written here, Mamba-2 of the "
-     "transformers library."),
+     "Milliseconds of a whole layer over the length of the sequence, each in its faster precision: attention, Mamba-2 written here, "
+     "Mamba-2 of the transformers library with its faster chunk size, where it fits into memory."),
     ("tokens_free", "tokens.png", "Answers that stay", tokens,
      "Share of class-name answers that stay the same against the share of multiply-adds, for several ways to drop or merge "
      "tokens. The star is the whole encoder."),

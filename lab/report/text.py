@@ -11,7 +11,7 @@ from effarch.bench.claims import UNDECIDED, UNTESTABLE, VERDICTS
 SUITES = {"ssm": "Sequence models", "vlm": "Vision-language models"}
 MARKS = dict(zip(VERDICTS, ["✓", "✗", "?", "○"], strict=True))
 DECIDED = VERDICTS[:2]
-UNJUDGED = "no notebook measures it yet"
+UNJUDGED = "its notebook has no published run yet"
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n)(.*?)(<!-- /report:\2 -->)", re.S)
 WITHOUT_UNIT = ("", "ratio", "error ratio", "slope", "cosine", "share")
 
