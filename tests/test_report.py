@@ -245,7 +245,7 @@ def test_what_is_beside_a_finding_may_be_missing(tables):
 
 def test_an_ambiguous_selection_is_told(tables):
     vague = Finding("k", "ssm/x", "?", Cell("scan_layers", "latency_ms_median", dict(length=256)), "{value}")
-    with pytest.warns(UserWarning, match="scan_layers: 5 rows fit length=256"):
+    with pytest.warns(UserWarning, match="scan_layers: 6 rows fit length=256"):
         assert findings.collect(reading.find_places(tables)[0], [vague]) == []
 
 

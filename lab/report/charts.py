@@ -176,7 +176,8 @@ def lines(axes, series, along, colours):
 
 def layers(axes, place):
     """Time of a whole layer over the length of the sequence, of each the faster precision or chunk size."""
-    table = place.table("scan_layers").sort_values("latency_ms_median").dropna(subset=["latency_ms_median"])
+    table = place.table("scan_layers")
+    table = table.assign(at=table["length"]).sort_values("latency_ms_median").dropna(subset=["latency_ms_median"])
     names = {"attention": "attention", "Mamba-2 (ours)": "Mamba-2 (ours)", "Mamba-2 transformers": "Mamba-2, library"}
     series = [(label, table[table["variant"].str.startswith(name)].drop_duplicates("length")) for name, label in names.items()]
     series = [(label, part) for label, part in series if len(part)]

@@ -279,16 +279,16 @@ FINDINGS = [
     Finding(
         "split", MRSS, "Is a layer with its channels split by rate faster than the full one?", design_speed(SPLIT),
         "SplitMRSS, seven eighths of the channels at an eighth of the rate, is {value} as fast as the baseline with the same "
-        "fast convolution, and {equal} as fast as a low-rank mixing of as many multiply-adds.",
+        "fast convolution.",
         below="No: {short} as fast.", above="Yes: {short} as fast.",
-        more="In half precision {halved}. With gradients {training}. Three quarters at an eighth: {mild}; seven eighths at a sixteenth: {coarse}.",
+        more="Next to a low-rank mixing of as many multiply-adds {equal}. In half precision {halved}. With gradients {training}. Three quarters at an eighth: {mild}; seven eighths at a sixteenth: {coarse}.",
         beside=dict(equal=Times("mrss_proxy_results", EQUAL, SPLIT, {"experiment": "designs", "pass": "forward", "batch": max}),
                     halved=design_speed(SPLIT, experiment="designs in half precision"), training=design_speed(SPLIT, "forward+backward"), mild=design_speed(MILD), coarse=design_speed(COARSE))),
     Finding(
         "split_error", MRSS, "What does that cost in quality?", design_error("digits"),
-        "On digits read pixel by pixel, a task not made for it, the error after equal training is {value} the baseline's, and {equal} that of the low-rank mixing.",
+        "On digits read pixel by pixel, a task not made for it, the error after equal training is {value} the baseline's.",
         below="Nothing: {short} the error.", above="{short} the error.", undecided="Undecided on data not made for it.",
-        more="On several time scales {scales}; on short ones, where it cannot help, {control}. Digits with three quarters of the "
+        more="Next to the low-rank mixing {equal}. On several time scales {scales}; on short ones, where it cannot help, {control}. Digits with three quarters of the "
              "channels at an eighth: {mild}; with seven eighths at a sixteenth: {coarse}.",
         beside=dict(equal=design_error("digits", other=EQUAL), scales=design_error("multi-timescale"), control=design_error("short-timescale"),
                     mild=design_error("digits", MILD), coarse=design_error("digits", COARSE))),
@@ -402,7 +402,7 @@ FINDINGS = [
     Finding(
         "tokens_half", REDUCTION, "How many answers stay at half the compute?", reduced("top1_agreement"),
         "On {image_set}, with {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers and {names} of those among "
-        "ImageNet's 999 names; ToMe {tome} and {tome_names}, the original rule (largest patch norm) {vtp} and {vtp_names}.",
+        "ImageNet's names; ToMe {tome} and {tome_names}, the original rule (largest patch norm) {vtp} and {vtp_names}.",
         limit=None, above="{short} of ten class names.",
         beside={f"{key}{end}": reduced(column, method) for key, method in (("", "ours"), ("tome", "tome"), ("vtp", "vtp"))
                 for end, column in (("_names" if key else "names", "names_agreement"), ("", "top1_agreement")) if key or column == "names_agreement"}),
