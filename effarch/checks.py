@@ -9,6 +9,13 @@ def check(ok, name, value, allowed):
         raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")
 
 
+def verify(what, error, limit):
+    """Print a check of a notebook that holds; AssertionError with its name and error where it does not (or is NaN)."""
+    error = float(error.detach() if hasattr(error, "detach") else error)
+    assert error <= limit, f"{what}: error {error:.1e} is above {limit:.0e}"
+    print(f"✓ {what} (max error {error:.1e})")
+
+
 def is_count(value, least=1):
     """True for a whole number (not a bool) of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -379,6 +379,19 @@ def test_trainings_are_paired_by_seed():
     assert wilson(1000, 1000).low == pytest.approx(0.9962, abs=1e-4) and wilson(0, 10).high > 0.2
 
 
+def test_equal_times_need_a_ratio_that_is_known():
+    assert bench.known_to(Estimate(2.0, 1.8, 2.3)) and not bench.known_to(Estimate(2.0, 1.8, 2.5))
+    assert bench.known_to(Estimate(1.0, 0.96, 1.04), share=0.05) and not bench.known_to(Estimate(2.0)) and not bench.known_to(Estimate(NAN))
+
+
+def test_a_check_says_what_failed_and_none_is_a_failure(capsys):
+    bench.verify("equal", torch.tensor(1e-6, requires_grad=True), 1e-5)
+    assert capsys.readouterr().out == "✓ equal (max error 1.0e-06)\n"
+    for error in (2e-5, NAN, torch.tensor(NAN)):
+        with pytest.raises(AssertionError, match="^equal: error .* is above 1e-05$"):
+            bench.verify("equal", error, 1e-5)
+
+
 def test_bootstrap_of_a_mean_holds_the_truth():
     generator = np.random.default_rng(5)
     held = [low <= 0.3 <= high for _, low, high in (bootstrap_mean(generator.normal(0.3, 1, 60)) for _ in range(200))]
@@ -761,6 +774,14 @@ def test_processes_are_pooled_and_nothing_else_is_done_twice(tmp_path, clock):
     assert facts["processes"] == 3 and len(facts["process_seconds"]) == 3
     assert facts["seconds"] == pytest.approx(sum(facts["process_seconds"]), abs=0.11)
     assert not list(tmp_path.rglob("*.journal"))
+
+
+def test_the_best_row_is_finite_and_ok(tmp_path):
+    table = Table(begin(tmp_path), "t", ["variant", "length"])
+    table.add([dict(variant=v, length=n, error=e, status=s) for v, n, e, s in (
+        ("a", 1, 0.5, "ok"), ("b", 1, NAN, "ok"), ("c", 1, 0.1, "oom"), ("d", 1, 0.2, "ok"), ("e", 1, None, "ok"), ("a", 2, 0.0, "ok"))])
+    assert table.best("error", length=1)["variant"] == "d" and table.best("error", most=True, length=1)["variant"] == "a"
+    assert table.best("error", length=3) is None and table.best("wrong", length=1) is None
 
 
 def test_columns_that_a_later_cell_adds_to_a_comparison_keep_the_other_processes_times(tmp_path, clock, monkeypatch):

@@ -556,7 +556,7 @@ def png(size, noise):
 
 def test_an_executed_copy_is_for_reading(tmp_path):
     """Without the support code, widgets and timing metadata; its pictures no larger than they need to be."""
-    notebook = new_notebook("# A question?", ("support", "#@title Support code: x\n" + "a = 1\n" * 2000), "x = 1")
+    notebook = new_notebook("# A question?", ("support", "#@title Support code: x\n" + "a = 1\n" * 2000), "x = 1", ("glance", "# an older run's numbers"))
     notebook.metadata["papermill"], notebook.metadata["widgets"] = dict(duration=1), dict(state={})
     for cell in notebook.cells:
         cell.metadata["papermill"], cell.metadata["execution"] = dict(begin=1), {"iopub.status.busy": "2026-01-01"}
@@ -569,6 +569,7 @@ def test_an_executed_copy_is_for_reading(tmp_path):
     runner.tidy(path)
     got = nbformat.read(path, as_version=4)
     nbformat.validate(got)
+    assert len(got.cells) == 3, "the results at a glance are the last run's, not this one's"
     assert got.cells[1].source.splitlines()[0] == "#@title Support code: x" and len(got.cells[1].source.splitlines()) == 2
     assert "effarch/" in got.cells[1].source and got.cells[1].outputs[0].text.startswith("effarch is here")
     assert got.cells[2].source == "x = 1" and got.cells[0].source == "# A question?"

@@ -15,6 +15,7 @@ from effarch.bench.sequences import (
     Case,
     attention_flops,
     crossing,
+    faster,
     library_fits,
     measured,
     time_cases,
@@ -244,6 +245,13 @@ def test_nothing_here_imports_a_method():
             "print([m for m in sys.modules if m.startswith('effarch.scans') or m.startswith('effarch.multirate')])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_faster_of_two_precisions(tmp_path):
+    rows = [dict(variant="a", length=8, latency_ms_median=3.0, status="ok"), dict(variant="a, half", length=8, latency_ms_median=2.0, status="ok"),
+            dict(variant="a", length=9, latency_ms_median=1.0, status="oom"), dict(variant="b", length=8, latency_ms_median=0.5, status="ok")]
+    table = SimpleNamespace(find=lambda **where: [row for row in rows if where.items() <= row.items()])
+    assert faster(table, ("a", "a, half"), length=8) == "a, half" and faster(table, ("a", "a, half"), length=9) is None
 
 
 def test_an_agreement_of_a_number_that_is_none_is_no_agreement(tmp_path):

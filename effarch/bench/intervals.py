@@ -135,6 +135,11 @@ def seed_ratio(a, b):
     return Estimate(*(math.exp(v) for v in t_interval(np.log(a / b))))
 
 
+def known_to(estimate, share=0.15):
+    """Whether an Estimate's interval is within about ± this share of its value, so that a ratio of times may set equal times; NaN: no."""
+    return bool(estimate.high - estimate.low <= 2 * share * estimate.value)
+
+
 def fit_loglog(x, y):
     """Estimate of the slope of log y over log x (Student's t); fewer than three points: no interval."""
     if len(x) < 2:

@@ -71,6 +71,12 @@ def time_cases(table, cases, kind, limits, known=None, **columns):
     return table.compare(calls, describe=describe, **columns, **{"pass": kind})
 
 
+def faster(table, names, **where):
+    """The variant, of those named (a layer in its precisions, say), that takes the least time in a comparison; None: none ran."""
+    found = [row for row in table.find(status="ok", **where) if row["variant"] in names]
+    return min(found, key=lambda row: row["latency_ms_median"])["variant"] if found else None
+
+
 def attention_flops(batch, length, width, projections=0):
     """FLOPs of causal attention: only the T(T + 1) / 2 pairs that are not masked; and of projections width → width."""
     return 4 * batch * width * (length * (length + 1) // 2) + 2 * projections * batch * length * width**2

@@ -11,7 +11,7 @@ import pandas as pd
 from effarch.bench.intervals import UNKNOWN, Estimate, ratio_interval, with_interval
 from effarch.bench.run import cells_fingerprint, code_fingerprint, write_atomically
 from effarch.bench.timing import compare, summary
-from effarch.checks import check
+from effarch.checks import check, is_number
 
 # kept for as long as this process lives: a second run on the same files is refused, a dead one frees them
 _open_journals = {}
@@ -86,9 +86,12 @@ class Table:
             self.file.truncate(0)
             self._append(self.identity)
 
+    def _key_of(self, row):
+        return tuple(json.dumps(row[k]) for k in self.key)
+
     def _put(self, place, entry):
         for row in entry["rows"]:
-            key = tuple(json.dumps(row[k]) for k in self.key)
+            key = self._key_of(row)
             place[key], self._made_by[key] = row, entry["made_by"]
 
     def _append(self, entry):
@@ -109,6 +112,11 @@ class Table:
     def find(self, **where):
         """The rows (dicts) whose columns have these values."""
         return [row for row in self.rows if all(row.get(k) == v for k, v in where.items())]
+
+    def best(self, column, most=False, **where):
+        """The row with the least (most=True: the greatest) finite value of a column among those that are ok and have these values; None if none has."""
+        found = [row for row in self.find(status="ok", **where) if is_number(row.get(column))]
+        return (max if most else min)(found, key=lambda row: row[column], default=None)
 
     def ratio(self, one, other, name="variant", **where):
         """Estimate of the time of case `one` over that of `other` in the comparison `where`; NaN if either has no times.
@@ -141,7 +149,7 @@ class Table:
             row |= dict(raw_ms=[raw]) if len(raw) and not isinstance(raw[0], (list, tuple)) else {}
         code, parts = cells_fingerprint(), {}
         for row in json.loads(json.dumps([dict(self.run.row, **row) for row in rows], default=plain)):
-            key = tuple(json.dumps(row[k]) for k in self.key)
+            key = self._key_of(row)
             same = row.get("raw_ms") and row["raw_ms"] == self._rows.get(key, {}).get("raw_ms")  # columns for a row that another cell measured
             parts.setdefault(self._made_by[key] if same else code, []).append(row)
         for made_by, some in parts.items():

@@ -160,7 +160,7 @@ def to_rgb(picture):
     """A PIL image as it is meant to be seen, in RGB: turned as its EXIF says; grey values of 16 bits or floats in 0…255."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut them off at 255
-        values = np.nan_to_num(np.asarray(picture, np.float64), nan=0.0)
+        values = np.nan_to_num(np.asarray(picture, np.float64))  # no data is black
         most = 1 if picture.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
         picture = Image.fromarray((values / most * 255).clip(0, 255).round().astype(np.uint8))
     return picture.convert("RGB")

@@ -404,8 +404,8 @@ FINDINGS = [
         "On {image_set}, with {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers and {names} of those among "
         "ImageNet's names; ToMe {tome} and {tome_names}, the original rule (largest patch norm) {vtp} and {vtp_names}.",
         limit=None, above="{short} of ten class names.",
-        beside={f"{key}{end}": reduced(column, method) for key, method in (("", "ours"), ("tome", "tome"), ("vtp", "vtp"))
-                for end, column in (("_names" if key else "names", "names_agreement"), ("", "top1_agreement")) if key or column == "names_agreement"}),
+        beside=dict(names=reduced("names_agreement"), tome=reduced("top1_agreement", "tome"), tome_names=reduced("names_agreement", "tome"),
+                    vtp=reduced("top1_agreement", "vtp"), vtp_names=reduced("names_agreement", "vtp"))),
     Finding(
         "tokens_tome", REDUCTION, "Is that better than ToMe?", reduced("agreement_minus_tome", unit="points"),
         "On the same {image_set}, with {macs_share:.0%} of the multiply-adds, {value} of class-name answers that stay; in accuracy the difference is {accuracy}, "
