@@ -876,7 +876,7 @@ def draw(run, name="f", **words):
     bench.save_figure(run, fig, name, "a line", n="3 rounds", **words)
 
 
-@pytest.mark.parametrize("where", ["outside upper center", "outside lower center", None])
+@pytest.mark.parametrize("where", ["outside upper center", "outside lower center", "outside right upper", None])
 def test_a_long_title_and_a_legend_at_the_top_stand_clear_of_each_other(where):
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     ax.plot([1, 2], label="a line")

@@ -70,13 +70,16 @@ def save_figure(run, fig, name, alt, n=None, photo=False, title=None):
 
 
 def place_headline(fig, size=13):
-    """Break a figure's title so that it fits, and put it above a legend that stands outside at the top: the layout knows of
-    one or the other, and would draw them over each other."""
+    """Break a figure's title so that it fits beside a legend that stands outside at the right, and put it above one that
+    stands outside at the top: the layout knows of one or the other, and would draw them over each other."""
     text = fig.get_suptitle()
     if not text:
         return
-    broken = "\n".join(textwrap.fill(line, round(9 * fig.get_figwidth())) for line in text.split("\n"))
-    above = [legend for legend in fig.legends if getattr(legend, "_outside_loc", None) == "upper"]
+    outside = {place: [legend for legend in fig.legends if getattr(legend, "_outside_loc", None) == place] for place in ("upper", "right")}
+    labels = [label for legend in outside["right"] for label in legend.get_texts()]
+    beside = max((0.8 + 0.009 * label.get_fontsize() * len(label.get_text()) for label in labels), default=0)  # about its width in inches
+    room = max(2.0, fig.get_figwidth() - 2 * beside)  # the title is centred
+    broken, above = "\n".join(textwrap.fill(line, round(9 * room)) for line in text.split("\n")), outside["upper"]
     fig.suptitle("" if above else broken, fontsize=size)
     if above:
         above[0].set_title(broken, prop=dict(size=size))
