@@ -204,7 +204,7 @@ EXPECTED = dict(
     scan_clip=(0.9, "**Not closely: cosine 0.90.**"), original=(-0.05, "**No: 5.0 points lost.** With 68 %"),
     merging=(0.95, "**Cosine 0.95.** On enlarged CIFAR-10 images, with 49 %"), tokens_free=(0, "**Three tenths of the compute: less than one point lost.**"), tokens_half=(0.94, "keeps 94.0 % (93.5–94.5)"),
     tokens_tome=(0.04, "**Yes: 4.0 points more answers stay.**"), photos=(0.1, "**Yes: 10.0 points more than ToMe.** On photographs, with 49 %"), tokens_time=(1.6, "**Yes: 1.6× as fast.**"),
-    tokens_input=(-0.15, "**No: 15.0 points fewer"), scaling=(2, "**2.0× as fast.**"), crossing=(4000, "**Beyond 4000 tokens.**"),
+    tokens_input=(-0.15, "**No: 15.0 points fewer"), scaling=(2, "**2.0× as fast.**"), crossing=(4000, "**Not at the 197 tokens of its images.**"),
     hardware=(2, "**bfloat16: 2.0× as fast.** With all tokens and 8 images at a time"), qwen=(1.5, "**Not behind the vision tower: inside it 1.5× as fast.** With a quarter"),
     fusion=(-0.3, "**Fewer tokens: thinning loses 30.0 points.**"), few_shot=(0.06, "**6.0 points.** On CIFAR-10, with 16 labelled"),
     masked=(0.03, "**Yes: 3.0 points more.**"), queries=(-0.2, "**No: 20.0 points lost.** After 14 seconds of training on two cores, a small Q-Former"),

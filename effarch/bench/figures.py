@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# one thing has one colour in all figures: ours, what it is measured against, what the original report proposed
+OURS, RIVAL, PROPOSED = PALETTE[2], PALETTE[0], PALETTE[1]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 LINES = ["-", "--", "-.", ":"]
 STYLE = {

@@ -3,6 +3,7 @@
 import numpy as np
 import torch.nn.functional as F
 
+from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL
 from effarch.bench.intervals import bootstrap_mean, wilson, with_interval
 
 
@@ -33,6 +34,10 @@ def judge_images(features, dense, text=None, labels=None, names=None, zero_shot=
         row["zero_shot_corrects"] = flags((features @ zero_shot.float().T).argmax(-1) == labels)
     return row
 
+
+# colours of the ways to reduce tokens, the same in all figures; what is not here is grey
+COLOURS = {"ours": OURS, "tome": RIVAL, "vtp": PROPOSED, "cls_merge": PALETTE[3], "evit": PALETTE[4], "grid": PALETTE[5],
+           "smaller_input": "#000000", "pitome": "#8c510a", "diffrate": "#7a5195"}
 
 # what is judged of each image → the column of `judge_images`, that of the mean over images
 JUDGED = {"cosine": ("cosines", "cosine_mean"), "agreement": ("agrees", "top1_agreement"), "accuracy": ("corrects", "top1_accuracy"),

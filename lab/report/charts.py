@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from effarch.bench.figures import PALETTE, encode, series_style
+from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL, encode, series_style
 from lab.report.findings import BASELINE, find, original
 from lab.report.select import Missing, Times, rows
 
@@ -25,8 +25,7 @@ STYLE = {"font.size": TEXT, "axes.titlesize": TEXT, "axes.labelsize": TEXT, "xti
 SMALL = STYLE | {name: 16 for name in STYLE if name.endswith("size") and name != "lines.markersize"} | {
     "lines.linewidth": 3, "lines.markersize": 9}
 GREY = "#8a949e"
-# one thing has one colour in all charts
-OURS, OTHER, PROPOSED, PLAIN = PALETTE[2], PALETTE[0], PALETTE[1], "#000000"
+PLAIN = "#000000"
 
 
 def text_size():
@@ -207,7 +206,7 @@ def distilled(axes, place):
     low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))
     bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high,
          lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}",
-         colours=[OURS if label.endswith("modes") else PROPOSED if label == "convolution" else OTHER for label, _ in parts])
+         colours=[OURS if label.endswith("modes") else PROPOSED if label == "convolution" else RIVAL for label, _ in parts])
     axes.set(xscale="log", xlabel="microseconds a token (p20 to p80)")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
@@ -216,7 +215,7 @@ def distilled(axes, place):
 
 NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, ÷ Σc",
          "smaller_input": "smaller image", "vtp": "original rule"}
-HIGHLIGHTS = {"ours": OURS, "ToMe": OTHER, "original rule": PROPOSED}
+HIGHLIGHTS = {"ours": OURS, "ToMe": RIVAL, "original rule": PROPOSED}
 
 
 def tokens(axes, place):

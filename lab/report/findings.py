@@ -444,7 +444,7 @@ FINDINGS = [
                                                            method="dense"), "tokens", ("tokens_min", "tokens_max")),
         "In a whole encoder of ViT-B/16's shape the quadratic term overtakes the linear ones at {value}, by a fit to images of {tokens_min} to {tokens_max} tokens; as a rule "
         "its images have {tokens_min}.",
-        limit=None, above="Beyond {short}."),
+        limit=197, above="Not at the {tokens_min} tokens of its images.", below="Already at {tokens_min} tokens."),
     Finding(
         "hardware", HARDWARE, "What should be tried before dropping tokens?",
         form_speed(tokens="all tokens, CLS-only last layer", precision=differs("float32"), latency_ms_median=min),
