@@ -10,7 +10,6 @@ from effarch.bench.intervals import decide
 from lab.report.select import (
     Ambiguous,
     Cell,
-    Either,
     Errors,
     Least,
     Missing,
@@ -381,9 +380,8 @@ FINDINGS = [
         more="That is {gain} over the mean of values in its place, trained alike.", beside=dict(gain=hybrid("cosine_minus_mean"))),
     Finding(
         "original", PRUNING, "Does the original token pruning keep the accuracy?",
-        Either((Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)),
-                Cell("clip_vtp_results", "accuracy_change", dict(variant="drop", keep_ratio=0.7), "points", ("share_of_dense_macs",)))),
-        "With {share_of_dense_macs:.0%} of the multiply-adds left, class-name accuracy changes by {value}.",
+        Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs", "image_set")),
+        "On {image_set}, with {share_of_dense_macs:.0%} of the multiply-adds left, class-name accuracy changes by {value}.",
         limit=-0.01, below="No: {short} lost.", above="Yes: at most one point lost."),
     Finding(
         "merging", MERGING, "How much of the image's feature survives merging?", feature_kept("ours"),

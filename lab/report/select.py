@@ -291,25 +291,6 @@ class Least:
 
 
 @dataclass(frozen=True)
-class Either:
-    """The first of several numbers that is there: where published tables are about to get other names."""
-
-    numbers: tuple
-
-    @property
-    def table(self):
-        return self.numbers[0].table
-
-    def measure(self, place):
-        for number in self.numbers[:-1]:
-            try:
-                return number.measure(place)
-            except Missing:
-                pass
-        return self.numbers[-1].measure(place)
-
-
-@dataclass(frozen=True)
 class Start:
     """From which value of the column `along` on `b` is faster than `a`: the least one from which all intervals say so.
 
