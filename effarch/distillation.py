@@ -189,7 +189,8 @@ def input_gram(x, taps):
 
 
 def weighted_method(kernel, unstable=None, inputs=None):
-    """Truncated SVD of G^(1/2) K, weighted back: least output error on inputs (B, T, D) that the layer sees.
+    """Truncated SVD of G^(1/2) K, weighted back: little output error on inputs (B, T, D) that the layer sees; the least where
+    all their channels have one autocorrelation, G.
 
     The truncation-aware whitening of SVD-LLM (Wang et al. 2024, arXiv:2403.07378), over lags instead of features."""
     shape = None if inputs is None else tuple(inputs.shape)
@@ -199,12 +200,11 @@ def weighted_method(kernel, unstable=None, inputs=None):
     values, vectors = torch.linalg.eigh(input_gram(inputs, len(kernel)))
     root = values.clamp_min(1e-8 * values[-1]).sqrt()  # lags that the inputs never excite keep a little weight
     half, inverse = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    weigh = lambda k: half @ k.flatten(1)
-    U, S, V = torch.linalg.svd(weigh(kernel), full_matrices=False)
+    U, S, V = torch.linalg.svd(half @ kernel.flatten(1), full_matrices=False)
 
     def fit(rank):
         return LowRank(inverse @ (U[:, :rank] * S[:rank]), V[:rank].unflatten(1, kernel.shape[1:]).clone())
-    fit.weigh = weigh
+    fit.weigh = lambda k: causal_conv(inputs.double(), k)  # the error is that of the outputs, not of the weighted kernel
     return fit, len(S)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from effarch.checks import check, check_count, check_share, is_count
 from effarch.clip.towers import find_vision_module, make_tower, split_heads
-from effarch.token_reduction.encoder import encode_images, pooled_output, run_encoder, trace_encoder
+from effarch.token_reduction.encoder import encode_images, pooled_output, run_encoder
 
 
 def factor_rank(share, rows, columns):
@@ -261,20 +261,6 @@ def matrix_numbers(module):
 def layer_numbers(model):
     """The numbers in the matrices of all vision layers."""
     return sum(map(matrix_numbers, layers_of(model)))
-
-
-def tower_macs(model, reducer=None, image_size=None, images=0):
-    """`encoder_macs` of a tower whose layers may be pairs or slim: multiply-adds an image, by the matrices that are there.
-
-    images: 1 for a reducer that must see an image."""
-    tower, traced = make_tower(model), trace_encoder(model, reducer, image_size=image_size, images=images)
-    total, shortcut = traced.macs, reducer is not None and reducer.cls_only_last and tower.prefix == 1
-    for i, (block, (n, after)) in enumerate(zip(tower.blocks, traced.counts, strict=True)):
-        m, d = 1 if shortcut and i == len(tower.blocks) - 1 else n, block.norm1.normalized_shape[0]
-        total -= 2 * (m + n) * d * d + 2 * m * n * d + 2 * after * d * block.hidden  # as the loop counts, by the width
-        total += m * (matrix_numbers(block.q) + matrix_numbers(block.out)) + n * (matrix_numbers(block.k) + matrix_numbers(block.v))
-        total += m * n * (block.q.out_features + block.v.out_features) + after * matrix_numbers(block.mlp)
-    return total
 
 
 ADAPTERS = {"LoRA": {}, "rsLoRA": dict(use_rslora=True), "PiSSA": dict(init_lora_weights="pissa_niter_8"), "DoRA": dict(use_dora=True)}

@@ -1,6 +1,7 @@
 """effarch.clip: images of every sort, checkpoints, the class-name head, quality per image, and the real checkpoint's regression,
 where EA_CLIP_CHECKPOINT and EA_CIFAR10 say where it is."""
 
+import json
 import os
 import re
 import struct
@@ -326,6 +327,15 @@ def test_checkpoint_folders_that_cannot_be_used(clip, tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_checkpoint(location, torch.device("cpu"))
+
+
+def test_a_config_that_names_fewer_layers_than_the_weights_hold_is_refused(tmp_path, clip):
+    folder = save_clip(tmp_path / "short", clip)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="as many layers in config.json as in the weights"):
+        load_checkpoint(locate_checkpoint(str(folder)), torch.device("cpu"))
 
 
 def test_a_checkpoint_is_known_by_its_contents(clip, tmp_path):

@@ -138,6 +138,13 @@ def test_weighted_svd_has_the_least_output_error():
         assert ours.kernel_error >= plain.kernel_error == plain.error, "each is the best in its own measure"
 
 
+def test_the_error_of_weighted_is_that_of_the_outputs_whatever_the_channels_sizes():
+    kernel, x = planted() + 0.1 * normal(100, 4, seed=9), coloured(width=4) * torch.tensor([0.01, 0.01, 0.01, 3.0])
+    for rank in (1, 2, 4):
+        form = distill(kernel, "weighted", rank=rank, inputs=x)
+        assert form.error == pytest.approx(output_error(form, kernel, x), rel=1e-6)
+
+
 @pytest.mark.parametrize("tolerance", [0.3, 0.05, 1e-3])
 def test_weighted_tolerance_is_on_the_outputs(tolerance):
     kernel, x = planted() + 1e-5 * normal(100, 4, seed=9), coloured(length=150).repeat(1, 1, 4)

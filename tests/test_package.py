@@ -146,11 +146,12 @@ features, text = (torch.nn.functional.normalize(torch.randn(n, 16), dim=-1) for 
 head = METHODS["GDA"](Support(features, torch.arange(3).repeat(4), text))
 assert head(features).shape == (12, 3)""",
     "low_rank": """from effarch.clip.checkpoints import random_clip
-from effarch.low_rank import collect_moments, slim_attention, slim_mlp, tower_macs
+from effarch.low_rank import collect_moments, slim_attention, slim_mlp
+from effarch.token_reduction import encoder_macs
 tower = random_clip(smoke=True)[0].eval()
 moments = collect_moments(tower, [torch.randn(2, 3, 64, 64)])
 thin = slim_mlp(slim_attention(tower, moments, qk=8, vo=12), moments, 0.75)
-assert tower_macs(thin) < 0.8 * tower_macs(tower)""",
+assert encoder_macs(thin) < 0.8 * encoder_macs(tower)""",
     "compression": """from effarch.clip.checkpoints import random_clip
 from effarch.compression import Gates, gate_value, kept_anywhere, slice_units
 model = random_clip(smoke=True)[0].eval()

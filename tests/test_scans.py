@@ -360,10 +360,12 @@ def test_step_equals_forward_with_a_state_of_constant_size(name):
     close(state, final, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba2, Δ limited"])
 @torch.no_grad()
 def test_padding_leaves_the_state_as_it_is(name):
-    block, x, lengths = blocks()[name], torch.randn(4, 40, 16), torch.tensor([40, 17, 1, 0])
+    block, x, lengths = blocks()[name.split(",")[0]], torch.randn(4, 40, 16), torch.tensor([40, 17, 1, 0])
+    if "limited" in name:
+        block.delta_limit = (0.01, 0.1)
     y, state = block(x, lengths=lengths)
     for row, n in enumerate(lengths.tolist()):
         if n:
@@ -458,8 +460,40 @@ def test_wrong_input_gives_one_clear_line(call, words):
     assert "\n" not in str(error.value) and re.search(words, str(error.value)) and "allowed" in str(error.value)
 
 
-def test_gradients_of_gradients_are_refused_and_not_wrong():
+def test_a_model_with_learned_positions_reads_a_sequence_at_once():
+    model, ids = MambaLM(20, 16, [MambaBlock(16)], positions=8), torch.zeros(2, 4, dtype=torch.long)
+    _, states = model(ids)
+    for call, words in ((lambda: model(ids, states), "states"), (lambda: model.step(ids[:, 0], states), "positions"),
+                        (lambda: model(ids.repeat(1, 3)), r"T ≤ 8")):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_second_derivatives_are_those_of_the_paper_s_four_sums():
     given = [v.requires_grad_() for v in random_ssd(70)]
-    (first,) = torch.autograd.grad(ssd(*given)[0].square().sum(), given[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    directions = [torch.randn_like(v) for v in given]
+
+    def second(scan):
+        first = torch.autograd.grad((scan(*given)[0] ** 3).sum(), given, create_graph=True)
+        return torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, directions, strict=True)), given)
+
+    for ours, right in zip(second(ssd), second(ssd_minimal), strict=True):
+        assert float((ours - right).norm() / right.norm()) < 1e-10
+    few = [v.requires_grad_() for v in random_ssd(9, heads=2, head_width=2, states=3, groups=1, batch=1)]
+    assert torch.autograd.gradgradcheck(lambda *v: ssd(*v, chunk=4)[0], few)
+    by_function = torch.func.grad(lambda A: ssd(*given[:2], A, *given[3:])[0].sum())(given[2].detach())
+    assert torch.allclose(by_function, torch.autograd.grad(ssd(*given)[0].sum(), given[2])[0])
+
+
+def test_single_precision_has_the_gradient_of_a_strong_decay():
+    """A token's own term does not decay: left in the derivative of the decays, its rounding would drown the rest."""
+    torch.manual_seed(0)
+    x, w, B, C = (torch.randn(4, 256, *shape) for shape in ((4, 16), (4, 16), (1, 16), (1, 16)))
+    A, delta = -torch.tensor([8.0, 12.0, 16.0, 20.0]), torch.full((4, 256, 4), 1.0)
+
+    def gradient(kind):
+        decay = A.to(kind).requires_grad_()
+        return torch.autograd.grad((ssd(x.to(kind), delta.to(kind), decay, B.to(kind), C.to(kind))[0] * w).sum(), decay)[0]
+
+    single, double = gradient(torch.float32), gradient(torch.float64)
+    assert float(((single - double) / double).abs().max()) < 1e-3

@@ -103,6 +103,8 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
     device = device or torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
     references = against if isinstance(against, list) else [against]
+    unknown = [name for name in references if name is not None and name not in cases]
+    check(not unknown, "against", unknown, f"names of cases: {', '.join(map(str, cases))}")
     begin = clock()
     rows = {}
     for name, fn in cases.items():

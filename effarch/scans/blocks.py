@@ -54,10 +54,10 @@ class ScanBlock(nn.Module):
         y, h = self.scan_step(u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], state[1])
         return self.finish(y, u[:, 0], gate[:, 0]), (conv_state, h)
 
-    def time_step(self, delta, lengths):
-        """Δ ≥ 0; it is 0 from token lengths[b] on, so that padding neither decays nor writes."""
+    def time_step(self, delta, lengths, limits=(0.0, float("inf"))):
+        """Δ within its limits; it is 0 from token lengths[b] on, so that padding neither decays nor writes."""
         inside = 1 if lengths is None else torch.arange(delta.shape[1], device=delta.device) < lengths[:, None]
-        return F.softplus(delta) * (inside if lengths is None else inside[..., None])
+        return F.softplus(delta).clamp(*limits) * (inside if lengths is None else inside[..., None])
 
     def _apply(self, fn, recurse=True):
         before = {name: self.get_parameter(name).data for name in self.exact}
@@ -134,7 +134,7 @@ class Mamba2Block(ScanBlock):
         gate, mixed, delta = self.in_proj(x).split(self.sizes, -1)
         mixed, conv_state = causal_conv(mixed, self.conv1d.weight, self.conv1d.bias, conv_state, self.act, lengths)
         u, B, C = (v.unflatten(-1, (n, -1)) for v, n in zip(mixed.split(self.mixed_sizes, -1), self.by_head, strict=True))
-        delta = self.rate * self.time_step(delta + self.dt_bias, lengths).clamp(*self.delta_limit)
+        delta = self.rate * self.time_step(delta + self.dt_bias, lengths, self.delta_limit)
         return (u, delta, -torch.exp(self.A_log), B, C), gate, conv_state
 
     def finish(self, y, u, gate):
@@ -186,7 +186,8 @@ def block_from_transformers(mixer, config):
 class MambaLM(nn.Module):
     """A language model of any mixers: ids (B, T) → logits (B, T, vocabulary) and one state per layer.
 
-    positions: length up to which a learned position is added, as attention needs it; 0: none."""
+    positions: length up to which a learned position is added, as attention needs it; 0: none. A model with positions reads
+    a sequence at once: its states do not say where they stopped."""
 
     def __init__(self, vocabulary, width, mixers, eps=1e-5, positions=0):
         super().__init__()
@@ -205,11 +206,16 @@ class MambaLM(nn.Module):
         return self.lm_head(self.norm_f(x)), after
 
     def forward(self, ids, states=None):
-        x = self.embeddings(ids) + (0 if self.positions is None else self.positions[:ids.shape[1]])
+        x = self.embeddings(ids)
+        if self.positions is not None:
+            check(states is None, "states", "given", "None, since this model has learned positions")
+            check(ids.shape[1] <= len(self.positions), "ids.shape", tuple(ids.shape), f"(B, T) with T ≤ {len(self.positions)}, the positions")
+            x = x + self.positions[:ids.shape[1]]
         return self._through(lambda mixer: mixer, x, states)
 
     def step(self, ids, states=None):
         """ids (B,): one token each → logits (B, vocabulary), states."""
+        check(self.positions is None, "positions", "learned", "0 (none), for one token at a time")
         return self._through(lambda mixer: mixer.step, self.embeddings(ids), states)
 
     @torch.no_grad()

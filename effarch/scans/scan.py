@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from effarch.checks import check, check_count
@@ -184,23 +183,37 @@ def ssd_minimal(x, delta, A, B, C, chunk=64):
 
 
 class DecayedAttention(torch.autograd.Function):
-    """y = ((C Bᵀ).tril() ∘ e^(ℓ_t - ℓ_s)) x inside each chunk: C, B (…, Q, N); log_decay ℓ (…, K, Q), descending; x (…, K, Q, P)."""
+    """y = ((C Bᵀ).tril() ∘ e^(ℓ_t - ℓ_s)) x inside each chunk: C, B (…, Q, N); log_decay ℓ (…, K, Q), descending; x (…, K, Q, P).
+
+    Returns y, and its two factors for the gradient. By hand, that of ℓ leaves out each token's own term, which does not decay
+    and would drown the rest. Where a graph of the gradient is wanted, PyTorch derives `forward` itself."""
 
     @staticmethod
-    def forward(ctx, C, B, log_decay, x):
+    def forward(C, B, log_decay, x):
         decay = (log_decay[..., :, None] - log_decay[..., None, :]).clamp_(max=0).exp_()
         attention = (C @ B.mT).tril_()
-        y = (attention[..., None, :, :] * decay) @ x
-        ctx.save_for_backward(C, B, x, decay, attention, y)
-        return y
+        return (attention[..., None, :, :] * decay) @ x, decay, attention
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        C, B, x, decay, attention, y = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 4
+        C, B, log_decay, x, decay, attention = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            found = torch.autograd.grad(DecayedAttention.forward(C, B, log_decay, x)[0], [ctx.saved_tensors[i] for i in wanted], dy, create_graph=True)
+            return tuple(dict(zip(wanted, found, strict=True)).get(i) for i in range(4))
         dx = (attention[..., None, :, :] * decay).mT @ dy
-        back = (dy @ x.mT).mul_(decay).sum(-3).tril_()
-        return back @ B, back.mT @ C, (dy * y).sum(-1) - (dx * x).sum(-1), dx
+        back = (dy @ x.mT).mul_(decay)
+        shared = back.sum(-3).tril_()
+        back = back.mul_(attention[..., None, :, :]).tril_(-1)
+        return shared @ B, shared.mT @ C, back.sum(-1) - back.sum(-2), dx
 
 
 def carry_at_once(log_decay, written, state):
@@ -220,7 +233,8 @@ def ssd_chunked(x, delta, A, B, C, state, chunk, careful):
     total = split(log_decay).permute(0, 1, 3, 4, 2).contiguous().cumsum(-1)  # b c g k q
     x, (B, C) = split(x * delta[..., None]), (in_chunks(v, chunk).transpose(2, 3) for v in (B, C))  # b c g q n
     # what each chunk writes into the state, decayed to the chunk's end, and the states it starts from
-    to_end = torch.exp(total[..., -1:] - total).permute(0, 1, 4, 2, 3)[..., None]  # b c q g k 1
+    to_end = F.pad(torch.exp(total[..., -1:] - total[..., :-1]), (0, 1), value=1.0)  # the last token does not decay: no gradient
+    to_end = to_end.permute(0, 1, 4, 2, 3)[..., None]  # b c q g k 1
     written = (B.mT @ (x * to_end).transpose(2, 3).flatten(4)).unflatten(4, (-1, p))  # b c g n k p
     if x.is_cuda and not careful:
         starts, state = carry_at_once(total[..., -1], written, state)
@@ -230,7 +244,7 @@ def ssd_chunked(x, delta, A, B, C, state, chunk, careful):
     if careful:  # the masked half is zero, but 0 · NaN is NaN: take faults out here, and put them in below
         spoilt, x = (0 * x).cumsum(2), x.nan_to_num(0, 0, 0)
     # inside each chunk: masked, decayed attention
-    y = DecayedAttention.apply(C, B, total, x.permute(0, 1, 3, 4, 2, 5))  # b c g k q p
+    y, *_ = DecayedAttention.apply(C, B, total, x.permute(0, 1, 3, 4, 2, 5))  # b c g k q p
     y = torch.addcmul(y.transpose(3, 4), inherited, torch.exp(total).transpose(3, 4)[..., None]).transpose(2, 3)
     y = y + spoilt if careful else y
     return y.flatten(3, 4).flatten(1, 2)[:, :length], state

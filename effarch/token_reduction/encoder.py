@@ -70,7 +70,9 @@ def attention_step(tokens, block, heads, queries=None, size_bias=1.0, implementa
     mixed = attend(q, k, v, bias, implementation)
     tokens.x = tokens.x[:, :m] + block.out(mixed.transpose(1, 2).flatten(2))
     tokens.q, tokens.k, tokens.v, tokens.logits_bias = q, k, v, bias
-    tokens.macs += 2 * m * d * d + 2 * n * d * d + 2 * m * n * d
+    wide, deep = (v.shape[1] * v.shape[3] for v in (q, v))  # D, but for heads that were made thinner
+    tokens.macs += m * n * (wide + deep) + m * block.macs("q", d * wide) + n * block.macs("k", d * wide)
+    tokens.macs += n * block.macs("v", d * deep) + m * block.macs("out", deep * d)
 
 
 def mlp_step(tokens, block):

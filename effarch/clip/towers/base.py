@@ -26,6 +26,16 @@ class Block:
     hidden: float  # width inside the MLP; a gated one, with three matrices instead of two, counts one and a half times
     rotate: Callable | None = None  # queries or keys (B, heads, N, d), cos, sin (B, 1, N, d) → the same, rotated by position
 
+    def macs(self, name, one):
+        """Multiply-adds a token of the projection `name`: `one` if it is one matrix, else those of all its linear layers."""
+        if name not in self._chains:
+            linear = [part for piece in pieces(getattr(self, name)) for part in piece.modules() if isinstance(part, nn.Linear)]
+            self._chains[name] = sum(part.in_features * part.out_features for part in linear) if len(linear) > 1 else None
+        return one if self._chains[name] is None else self._chains[name]
+
+    def __post_init__(self):
+        self._chains = {}
+
 
 @dataclass
 class Tower:
