@@ -116,19 +116,19 @@ class LowRank(Distilled):
         self.time, self.rest = nn.Parameter(time), nn.Parameter(rest)
 
     def forward(self, length):
-        return torch.tensordot(self.time[:length], self.rest, dims=1)
+        kernel = torch.tensordot(self.time[:length], self.rest, dims=1)
+        return torch.cat([kernel, kernel.new_zeros(length - len(kernel), *kernel.shape[1:])])
 
 
 class Cut(Distilled):
-    """The first taps only. taps (r, …), length: that of the whole kernel."""
+    """The first taps only. taps (r, …)."""
 
-    def __init__(self, taps, length):
+    def __init__(self, taps):
         super().__init__()
-        self.taps, self.length = nn.Parameter(taps), length
+        self.taps = nn.Parameter(taps)
 
     def forward(self, length):
-        zeros = self.taps.new_zeros(self.length - len(self.taps), *self.taps.shape[1:])
-        return torch.cat([self.taps, zeros])[:length]
+        return torch.cat([self.taps[:length], self.taps.new_zeros(max(0, length - len(self.taps)), *self.taps.shape[1:])])
 
 
 class StateSpace(Distilled):
@@ -175,7 +175,7 @@ def svd_method(kernel, unstable=None):
 
 def cut_method(kernel, unstable=None):
     """Keep the first `rank` taps: a shorter convolution."""
-    return lambda rank: Cut(kernel[:rank].clone(), len(kernel)), len(kernel)
+    return lambda rank: Cut(kernel[:rank].clone()), len(kernel)
 
 
 def input_gram(x, taps):

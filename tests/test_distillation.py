@@ -126,6 +126,13 @@ def test_weighted_svd_of_white_long_inputs_is_the_svd():
     assert ours.stored() == plain.stored() == 2 * (50 + 3)
 
 
+@pytest.mark.parametrize("method", ["svd", "cut", "hankel"])
+def test_a_form_has_as_many_taps_as_it_is_asked_for(method):
+    form = distill(normal(64, 3), method, rank=3)
+    assert [len(form(n)) for n in (10, 64, 100)] == [10, 64, 100]
+    assert method == "hankel" or not form(100)[64:].any()
+
+
 def test_weighted_svd_has_the_least_output_error():
     kernel, x = planted() + 0.1 * normal(100, 4, seed=9), coloured(length=150).repeat(1, 1, 4)  # all channels see the same
     fit, largest = prepare(kernel, "weighted", inputs=x)

@@ -57,10 +57,10 @@ def t_interval(values):
 
 def by_process(raw):
     """Raw times as a list of arrays, one per process, without those of none; flat times are of one process."""
-    return [part for part in in_processes(raw) if len(part)]
+    return [part for part in _in_processes(raw) if len(part)]
 
 
-def in_processes(raw):
+def _in_processes(raw):
     nested = len(raw) and isinstance(raw[0], (list, tuple, np.ndarray))
     return [np.asarray(part, float) for part in (raw if nested else [raw])]
 
@@ -73,7 +73,7 @@ def ratio_interval(raw_a, raw_b, draws=2000):
     mean of the processes' ratios, and machines differ between runs by more than rounds do. Fewer than eight processes:
     Student's t on the logs of their ratios, but never narrower than their rounds alone allow; more: processes are redrawn
     first, then rounds within. Without times: three NaN. ValueError if they cannot be paired."""
-    a, b = in_processes(raw_a), in_processes(raw_b)
+    a, b = _in_processes(raw_a), _in_processes(raw_b)
     if [len(part) for part in a] != [len(part) for part in b]:
         raise ValueError(f"raw times of {[len(p) for p in a]} and {[len(p) for p in b]} rounds cannot be paired")
     a, b = by_process(raw_a), by_process(raw_b)

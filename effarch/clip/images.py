@@ -157,7 +157,8 @@ def synthetic(side, count, seed):
 
 
 def to_rgb(picture):
-    """A PIL image as it is meant to be seen, in RGB: turned as its EXIF says; grey values of 16 bits or floats in 0…255."""
+    """A PIL image in RGB, turned as its EXIF says; grey values of 16 bits or floats in 0…255; transparency is left out, as the
+    processors of transformers do."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would cut them off at 255
         values = np.nan_to_num(np.asarray(picture, np.float64))  # no data is black
