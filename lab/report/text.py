@@ -187,8 +187,8 @@ def claim_line(row, several_places):
 
 def claims_block(report):
     """Verdicts in numbers; the decided claims; the others folded."""
-    places = {suite: list(dict.fromkeys(where(dict(device=p.device, weights=p.weights)) for p in report.shown_places
-                                        if p.suite == suite)) for suite in SUITES}
+    judged = report.claims.dropna(subset="device").to_dict("records")
+    places = {suite: list(dict.fromkeys(where(row) for row in judged if row["suite"] == suite)) for suite in SUITES}
     words = [f"{SUITES[suite]}{' on ' if places[suite] else ''}{'; '.join(places[suite])}: "
              + ", ".join(f"{n} {verdict}" for verdict, n in found.items())
              for suite, found in verdict_counts(report.claims).items()]
