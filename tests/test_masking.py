@@ -330,7 +330,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(two, captions, pairs, 
     for told in two:
         assert told[f"{loss} gradients"].keys() == expected.keys()
         for name, gradient in told[f"{loss} gradients"].items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()) + 1e-6, msg=name)
     assert any(name.startswith("clip.text_model") for name in expected) and "log_scale" in expected
 
 
