@@ -76,7 +76,7 @@ def ratio_interval(raw_a, raw_b, draws=2000):
     a, b = _in_processes(raw_a), _in_processes(raw_b)
     if [len(part) for part in a] != [len(part) for part in b]:
         raise ValueError(f"raw times of {[len(p) for p in a]} and {[len(p) for p in b]} rounds cannot be paired")
-    a, b = by_process(raw_a), by_process(raw_b)
+    a, b = by_process(a), by_process(b)
     if not a:
         return Estimate(UNKNOWN)
     random = np.random.default_rng(0)

@@ -157,7 +157,7 @@ def load_checkpoint(location, device, smoke=False):
     missing = list(report["missing_keys"])
     check(not missing, "MODEL_ID", location.folder, f"complete weights; {len(missing)} missing, e.g. {missing[:2]}")
     layers = [name for name in report["unexpected_keys"] if re.search(r"\blayers?\.\d+\.", name)]
-    check(not layers, "MODEL_ID", location.folder, f"as many layers in config.json as in the weights, which hold {layers[0] if layers else ''}, too")
+    check(not layers, "MODEL_ID", location.folder, f"as many layers in config.json as in the weights; {len(layers)} more there, e.g. {layers[:2]}")
     check(hasattr(model, "get_text_features"), "MODEL_ID", type(model).__name__, "a CLIP or SigLIP model")
 
     length = model.config.get_text_config().max_position_embeddings  # tokenizers do not always know it

@@ -25,16 +25,14 @@ class Block:
     mlp: Callable
     hidden: float  # width inside the MLP; a gated one, with three matrices instead of two, counts one and a half times
     rotate: Callable | None = None  # queries or keys (B, heads, N, d), cos, sin (B, 1, N, d) → the same, rotated by position
+    _chains: dict = field(default_factory=dict, init=False, repr=False)  # what `macs` has found, since it is asked in every pass
 
     def macs(self, name, one):
         """Multiply-adds a token of the projection `name`: `one` if it is one matrix, else those of all its linear layers."""
         if name not in self._chains:
-            linear = [part for piece in pieces(getattr(self, name)) for part in piece.modules() if isinstance(part, nn.Linear)]
-            self._chains[name] = sum(part.in_features * part.out_features for part in linear) if len(linear) > 1 else None
+            matrices = linear_macs(getattr(self, name))
+            self._chains[name] = sum(matrices) if len(matrices) > 1 else None
         return one if self._chains[name] is None else self._chains[name]
-
-    def __post_init__(self):
-        self._chains = {}
 
 
 @dataclass
@@ -134,10 +132,14 @@ def has(module, path):
         return False
 
 
+def linear_macs(part):
+    """The multiply-adds a token of each linear layer that a call of `part` calls."""
+    return [one.in_features * one.out_features for piece in pieces(part) for one in piece.modules() if isinstance(one, nn.Linear)]
+
+
 def mlp_width(mlp, width):
     """Block.hidden of any MLP: the multiply-adds of its linear layers, divided by those of two of (width × 1)."""
-    macs = sum(part.in_features * part.out_features for piece in pieces(mlp) for part in piece.modules()
-               if isinstance(part, nn.Linear))
+    macs = sum(linear_macs(mlp))
     return macs // (2 * width) if macs % (2 * width) == 0 else macs / (2 * width)
 
 
