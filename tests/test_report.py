@@ -14,6 +14,7 @@ import pytest
 import report_world
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import effarch
 from effarch.bench.claims import VERDICTS, statements
@@ -524,6 +525,29 @@ def test_the_three_answers_have_pictures_of_the_tables(tables, tmp_path):
     assert unbacked(root) == []
     (root / "results/ssm/tesla-t4/mrss_proxy_results.csv").unlink()
     assert "rates.png" not in text.answers_block(report.collect(root))
+
+
+def test_a_photograph_stands_with_the_third_answer_and_on_the_poster(tables, tmp_path):
+    root = shutil.copytree(tables, tmp_path / "copy")
+    without = len(poster.draw(report.collect(root)).axes)
+    folder = next(root.glob("results/vlm/**/token_reduction_methods.csv")).parent
+    folder = root / "figures" / folder.relative_to(root / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x010E] = "before and after"
+    Image.new("RGB", (90, 50), (200, 30, 10)).save(folder / "photograph_answer.jpg", exif=exif)
+    shown = report.collect(root)
+    words, drawn = text.answers_block(shown), poster.draw(shown).axes
+    link = (folder / "photograph_answer.jpg").relative_to(root).as_posix()
+    assert 'figures/report/tokens.png' in words.split(link)[0] and f'<img src="{link}" width="640" alt="before and after">' in words
+    assert len(drawn) == without + 1 and drawn[-1].images[0].get_array().shape == (50, 90, 3)
+    box = drawn[-1].get_position()
+    assert box.width * poster.WIDTH / (box.height * poster.HEIGHT) == pytest.approx(90 / 50), "not stretched"
+
+
+@pytest.mark.parametrize("n, words", [("1", "1 model"), ("3", "3 models"), ("", "")])
+def test_repetitions_are_of_one_or_of_several(n, words):
+    assert text.repetitions(dict(n=n, n_of="models")) == words
 
 
 def test_check_names_what_is_stale(world, tmp_path, invented, capsys):

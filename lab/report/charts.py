@@ -11,7 +11,7 @@ import zlib
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL, encode, series_style
 from lab.report.findings import BASELINE, find, original
@@ -183,34 +183,6 @@ def layers(axes, place):
     if not series:
         raise Missing("layers")
     return lines(axes, series, "length", dict(zip(names.values(), (PROPOSED, OURS, GREY), strict=True)))
-
-
-def decode(axes, place):
-    """Time of one decoded token over the context."""
-    names = {"attention": "attention", "Mamba-2": "Mamba-2"}
-    series = named(place.table("scan_decode"), "variant", names)
-    return lines(axes, series, "context", dict(zip(names.values(), (PROPOSED, OURS), strict=True)))
-
-
-def distilled(axes, place):
-    """Microseconds that one decoded token costs."""
-    table = rows(place.table("kernel_distillation_latency"), {"phase": "decode", "kernel": "per channel"})
-    if table.empty:
-        raise Missing("forms")
-    table = table[table["taps"] == table["taps"].max()].sort_values("us_per_token")
-    parts = [("convolution", table[table["method"].str.startswith("explicit")]), ("exact, in blocks", table[table["method"] == "blocked"])]
-    parts += [(f"{r} modes", table[(table["method"] == "hankel") & (table["rank"] == r)]) for r in (4, 8, 16, 32)]
-    parts = [(label, part.iloc[0]) for label, part in parts if len(part)]  # the fastest of each
-    if not parts:
-        raise Missing("forms")
-    low, high = ([row[f"latency_ms_{q}"] * 1e3 / row["tokens"] for _, row in parts] for q in ("p20", "p80"))
-    bars(axes, [label for label, _ in parts], [row["us_per_token"] for _, row in parts], low, high,
-         lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.2g}",
-         colours=[OURS if label.endswith("modes") else PROPOSED if label == "convolution" else RIVAL for label, _ in parts])
-    axes.set(xscale="log", xlabel="microseconds a token (p20 to p80)")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
-    return pd.DataFrame([row for _, row in parts])
 
 
 NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, ÷ Σc",

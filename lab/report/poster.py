@@ -25,7 +25,6 @@ REFERENCES = ("References: Mamba, Gu & Dao, arXiv:2312.00752 · Mamba-2 (SSD), D
 CHARTS = [("ssm", "What runs when: channels over time", charts.designs),
           ("ssm", "Several rates: time relative to the baseline", charts.rates),
           ("ssm", "A Mamba-2 layer against attention: time over length", charts.layers),
-          ("ssm", "A long convolution, distilled: cost of a token", charts.distilled),
           ("vlm", "Fewer tokens: answers kept over compute", charts.tokens),
           ("vlm", "Half the multiply-adds: time of the whole encoder", charts.clock)]
 ANSWERS = [key for key, *_ in charts.HEADLINES]
@@ -178,10 +177,24 @@ def drawn_chart(place, page, chart, box):
     return charts.footer(table, place.device)
 
 
+def draw_picture(page, path, box):
+    """Show a published figure, as large as fits into box (x, y, width, height)."""
+    from PIL import Image
+
+    x, y, width, tall = box
+    with Image.open(path) as image:
+        pixels, scale = image.convert("RGB"), min(width / image.width, tall / image.height)
+        size = image.width * scale, image.height * scale
+    axes = page.figure.add_axes([x / WIDTH, 1 - (y + size[1]) / HEIGHT, size[0] / WIDTH, size[1] / HEIGHT])
+    axes.imshow(pixels, aspect="auto")
+    axes.axis("off")
+
+
 def draw_figures(page, report, y, bottom):
-    """The method's diagram and the charts, two columns, on the right."""
+    """The method's diagram, the charts and a photograph, two columns, on the right."""
     panels = [(caption, place_for(report, suite, chart), chart) for suite, caption, chart in CHARTS]
-    panels = [panel for panel in panels if panel[1]]
+    shown = text.photograph(report)
+    panels = [panel for panel in panels if panel[1]] + ([("A photograph, before and after", shown["place"], None)] if shown else [])
     left = MARGIN + COLUMN + GAP
     width = (WIDTH - MARGIN - left - GAP) / 2
     space = (bottom - y) / max(2, -(-len(panels) // 2))
@@ -189,6 +202,9 @@ def draw_figures(page, report, y, bottom):
         x, top = left + (i % 2) * (width + GAP), y + i // 2 * space
         below = page.paragraph(caption, x, top, width, 26, "bold", PALETTE[0]) + 0.05
         tall = top + space - below - 0.3 - height(SMALLEST)
+        if chart is None:
+            draw_picture(page, shown["path"], (x, below, width, tall + height(SMALLEST)))
+            continue
         notes = drawn_chart(place, page, chart, (x, below, width, tall)).split(" · ")
         if chart is not charts.designs:
             page.lines([", ".join(note for note in notes if not note.startswith(("float", "torch", "commit")))],

@@ -8,6 +8,7 @@ import pandas as pd
 
 from effarch.bench.claims import UNDECIDED, UNTESTABLE, VERDICTS
 
+PICTURED = "tokens_free", "photograph_answer"  # a finding, and the figure of a photograph that README and poster show with it
 SUITES = {"ssm": "Sequence models", "vlm": "Vision-language models"}
 MARKS = dict(zip(VERDICTS, ["✓", "✗", "?", "○"], strict=True))
 DECIDED = VERDICTS[:2]
@@ -85,7 +86,7 @@ def several(values, units="", spread=str):
 def repetitions(row):
     """'30 rounds'; '' where it is not known of what."""
     n, n_of = row.get("n"), row.get("n_of")
-    return "" if any(v is None or pd.isna(v) or v == "" for v in (n, n_of)) else f"{number(n)} {n_of}"
+    return "" if any(v is None or pd.isna(v) or v == "" for v in (n, n_of)) else f"{number(n)} {n_of.removesuffix('s') if float(n) == 1 else n_of}"
 
 
 def measured_text(row):
@@ -159,10 +160,21 @@ def answers_block(report):
         if len(found):
             row, link = found.iloc[0], path.relative_to(report.root).as_posix()
             facts = " · ".join(filter(None, [where(row), repetitions(row)]))
-            parts.append(f"### {row['question']}\n\n{row['answer']} <sub>{facts}</sub>\n\n"
-                         f'<a href="{link}"><img src="{link}" width="640" alt="{alt}"></a>')
+            parts.append(f"### {row['question']}\n\n{row['answer']} <sub>{facts}</sub>\n\n{image(link, alt)}")
+            if key == PICTURED[0] and (shown := photograph(report)):
+                parts.append(image(shown["path"].relative_to(report.root).as_posix(), shown["alt"]))
     note = ["In parentheses: 95 % intervals."] if parts else ["No run has finished here yet: `./run_all.sh` draws the pictures."]
     return "\n\n".join(parts + note)
+
+
+def image(link, alt):
+    """A picture that opens in full size."""
+    return f'<a href="{link}"><img src="{link}" width="640" alt="{alt}"></a>'
+
+
+def photograph(report):
+    """The published figure of one photograph, before and after; None where there is none."""
+    return next((figure for figure in report.figures if figure["name"] == PICTURED[1]), None)
 
 
 def findings_block(report):
