@@ -40,6 +40,7 @@ class S4DKernel(nn.Module):
 
     def __init__(self, width, order=16):
         super().__init__()
+        check(is_count(order, 2) and order % 2 == 0, "order", order, "an even number of at least 2: modes come in pairs")
         pairs = order // 2
         self.log_step = nn.Parameter(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
         self.log_decay = nn.Parameter(torch.full((pairs, width), math.log(0.5)))
@@ -367,7 +368,8 @@ def prepare(kernel, method, unstable="mend", inputs=None):
     check(unstable in ("mend", "reject"), "unstable", unstable, "mend, reject")
     check(isinstance(kernel, torch.Tensor), "kernel", type(kernel).__name__, "a torch.Tensor (L, D) or (L, D, E)")
     check(kernel.dim() in (2, 3) and len(kernel) >= 4, "kernel shape", tuple(kernel.shape), "(L, D) or (L, D, E), L ≥ 4")
-    check(kernel.is_floating_point(), "kernel dtype", kernel.dtype, "a real floating-point type")
+    kinds = (torch.float32, torch.float64) if method == "hankel" else (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    check(kernel.dtype in kinds, "kernel dtype", kernel.dtype, " or ".join(map(str, kinds)) + f" for {method!r}")
     bad = int((~kernel.isfinite()).sum())
     check(bad == 0, "kernel", f"{bad} values that are NaN or infinite", "finite values")
     exact = kernel.detach().double()

@@ -134,6 +134,7 @@ def mix_step(tower, layer, x, mixer=None):
     y = block.norm1(x)
     if mixer is not None:
         return x + mixer(y)
+    check(tower.rotary is None, "tower", "attention with rotary positions", "positions that are added to the tokens, as in CLIP or ViT")
     q, k, v = (split_heads(linear(y), tower.heads) for linear in (block.q, block.k, block.v))
     return x + block.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
@@ -225,14 +226,18 @@ class InPlace(nn.Module):
         return self.mixer(hidden_states), None
 
 
+REPLACEABLE = ("CLIP", "ChineseCLIP", "AltCLIP", "BLIP", "BLIP-2", "ViT", "DeiT")  # a CLS token, patches in order, attention by itself
+
+
 @contextmanager
 def replaced_attention(model, mixers):
     """Within the `with` block the vision layers numbered in {layer: mixer} use that mixer in place of their attention.
 
     Every Hugging Face call on `model` works unchanged; on exit, also after an exception, the model is what it was.
-    TypeError for a model without a vision tower we know, ValueError for a layer it does not have or without CLS token."""
+    TypeError for a model whose family is none of REPLACEABLE, ValueError for a layer that it does not have."""
     module, family = find_vision_module(model)
-    check(family.name != "SigLIP", "model", type(model).__name__, "one with a CLS token, such as CLIP or ViT")
+    if family.name not in REPLACEABLE:
+        raise TypeError(f"model is {type(model).__name__}: its attention cannot be replaced; it can in {', '.join(REPLACEABLE)}")
     layers = module.layers if hasattr(module, "layers") else getattr(module.encoder, "layers", None) or module.encoder.layer
     wrong = [i for i in mixers if i not in range(len(layers))]
     check(not wrong, "layers", wrong, f"0 to {len(layers) - 1}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -398,6 +399,23 @@ def test_bootstrap_of_a_mean_holds_the_truth():
     assert np.mean(held) > 0.88
 
 
+@pytest.mark.parametrize("n", [8, 12, 26])
+def test_bootstrap_of_few_values_is_wide_enough(n):
+    """A plain percentile bootstrap holds the mean of eight values in 87 of 100 cases only."""
+    generator = np.random.default_rng(n)
+    found = [bootstrap_mean(generator.normal(0.3, 1, n), draws=800) for _ in range(1000)]
+    assert 0.93 < np.mean([low <= 0.3 <= high for _, low, high in found]) < 0.985
+    assert bootstrap_mean([1.0] * 7 + [0.9])[2] <= 1, "a share or a cosine never passes 1"
+
+
+def test_bootstrap_with_weights_is_that_of_the_repeated_values():
+    values, counts = np.array([0.1, 0.5, 0.9, 0.3, 0.7, 0.2, 0.8, 0.6, 0.4]), np.array([1, 2, 3, 4, 1, 1, 7, 1, 2])
+    value, low, high = bootstrap_mean(values, weights=counts)
+    assert value == pytest.approx(np.repeat(values, counts).mean()) and low < value < high
+    assert bootstrap_mean(values, weights=np.full(9, 3)) == pytest.approx(bootstrap_mean(values))
+    assert bootstrap_mean(values[:3], weights=counts[:3])[0] == pytest.approx(np.repeat(values[:3], counts[:3]).mean())
+
+
 # settings and runs
 
 
@@ -647,6 +665,18 @@ def test_an_interrupted_run_goes_on_but_only_the_same(tmp_path, monkeypatch, cap
     other = begin(tmp_path)
     other.inputs["checkpoint"] = "a hash of other weights"
     assert not Table(other, "t", ["i"]).has(i=0)
+
+
+@pytest.mark.parametrize("key", [(64, 64), [64, 64], Path("a/b"), torch.float32, np.int64(3), "x", None])
+def test_a_key_of_any_type_is_found_again(tmp_path, key):
+    """Rows go through JSON, where a tuple is a list: asked for with a tuple they were once not there, and not pooled."""
+    for process in range(2):
+        table = Table(begin(tmp_path, process=f"{process}/2"), "t", ["variant", "shape"])
+        assert table.has(variant="a", shape=key) is False
+        rows = table.compare({"a": lambda: None, "b": lambda: None}, ratios=dict(ratio="b"), shape=key)
+    assert [len(row["raw_ms"]) for row in rows.values()] == [2, 2], "both processes"
+    assert len(table.find(shape=key)) == 2 and table.ratio("a", "b", shape=key).value > 0
+    assert table.best("ratio", shape=key, variant="a")["variant"] == "a"
 
 
 def test_rows_that_wait_are_in_the_table_once_they_are_asked_for(tmp_path):

@@ -461,12 +461,22 @@ def test_parts_of_one_picture_count_as_one():
         assert width[0] > 1.5 * width[1] and grouped[column] == pytest.approx(loose[column]), column
 
 
+def test_a_picture_with_more_parts_counts_more():
+    seen = dict(cosine=np.array([1.0] * 7 + [0.0] * 8), agreement=None, accuracy=None, names_agreement=None)
+    row = quality_columns(seen, [0] * 7 + list(range(1, 9)))
+    assert row["cosine_mean"] == pytest.approx(7 / 15) and (row["n_images"], row["n_pictures"]) == (15, 9)
+
+
 def test_features_that_are_not_finite_are_a_status_and_no_number():
     good, text = F.normalize(torch.randn(3, 4), dim=-1), torch.eye(4)
     bad = good.clone()
     bad[1, 2] = float("nan")
     row = judge_images(bad, good, text, torch.zeros(3))
     assert row["status"] == "nan" and quality_columns(per_image([row])) == dict(n_images=0, status="nan")
+    for where in ("dense", "text", "names", "zero_shot"):
+        given = dict(features=good, dense=good, text=text, names=text, zero_shot=text, labels=torch.zeros(3))
+        given[where] = torch.where(torch.eye(*given[where].shape) > 0, float("nan"), given[where])
+        assert judge_images(**given)["status"] == "nan", where
     draws = [judge_images(good, good, text), row]  # one bad draw is not averaged away
     assert quality_columns(per_image(draws)) == dict(n_images=0, status="nan")
 

@@ -352,6 +352,18 @@ def test_one_patch_more_would_be_over_the_budget(model, budget):
     assert cost(reducer) <= budget * dense < cost(InputPruning(reducer.keep + 1 / 64))
 
 
+@pytest.mark.parametrize("name", list(REDUCERS))
+def test_a_float64_model_keeps_its_precision(pixels, name):
+    """A finite difference of 1e-6 needs it: sums that fell to float32 once made it noise."""
+    model, x = build("CLIP").double(), pixels[:2].double()
+    reducer = reducer_for_budget(name, 0.6, model)
+    along = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    total = lambda x: (encode_images(model, x, reducer) * torch.arange(24, dtype=x.dtype).cos()).sum()
+    with torch.enable_grad():
+        slope = (torch.autograd.grad(total(x := x.requires_grad_()), x)[0] * along).sum()
+    close((total(x + 1e-6 * along) - total(x - 1e-6 * along)) / 2e-6, slope, 1e-5 * slope.abs() + 1e-8)
+
+
 def test_cls_only_last_layer_is_exact(clip, pixels):
     full, short = InputPruning(0.5), InputPruning(0.5)
     short.cls_only_last = True

@@ -9,8 +9,10 @@ import transformers
 from test_gpu_ready import ends_on_the_gpu, unread  # noqa: F401
 
 from effarch.clip.checkpoints import random_clip
-from effarch.clip.towers import attend, make_tower, split_heads
+from effarch.clip.towers import attend, find_vision_module, make_tower, split_heads
+from effarch.clip.towers.small import SMALL_MODELS
 from effarch.scan_clip import (
+    REPLACEABLE,
     LinearAttention,
     MeanOfValues,
     Mixer,
@@ -28,6 +30,7 @@ from effarch.scan_clip import (
     run_layers,
     tower_features,
 )
+from effarch.token_reduction.encoder import run_encoder, start_encoder
 from effarch.vision_ssm import scan_orders
 
 
@@ -257,6 +260,32 @@ def test_a_vit_of_transformers_runs_them_too():
         assert (found - model(pixel_values=pixels).last_hidden_state).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("family", SMALL_MODELS)
+def test_every_family_is_run_as_it_is_or_refused(family):
+    try:
+        model = SMALL_MODELS[family]().eval()
+        tower = make_tower(model)
+    except (ImportError, TypeError):
+        return pytest.skip("not installed, or no tower")
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        states = start_encoder(tower, pixels).x
+        if tower.rotary is not None:
+            with pytest.raises(ValueError, match="tower='attention with rotary positions' is not allowed"):
+                run_layers(tower, states)
+        else:
+            close(run_layers(tower, states), run_encoder(tower, pixels).x, 1e-5)
+        name = find_vision_module(model)[1].name
+        mixers = {0: MeanOfValues(tower.blocks[0], tower.heads)}
+        if name not in REPLACEABLE:
+            with pytest.raises(TypeError, match="its attention cannot be replaced; it can in CLIP, "):
+                replaced_attention(model, mixers).__enter__()
+        else:
+            with replaced_attention(model, mixers):
+                found = tower.module(pixels).last_hidden_state
+            close(found, tower.finish(run_layers(tower, states, mixers)), 1e-5)
+
+
 def siglip():
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     return transformers.SiglipModel(transformers.SiglipConfig(text_config=small, vision_config=small | dict(image_size=32, patch_size=8)))
@@ -264,7 +293,7 @@ def siglip():
 
 @pytest.mark.parametrize("call, kind, said", [
     (lambda clip: replaced_attention(clip[0], {12: None}).__enter__(), ValueError, "layers=[12] is not allowed; allowed: 0 to 11"),
-    (lambda clip: replaced_attention(siglip(), {}).__enter__(), ValueError, "model='SiglipModel' is not allowed; allowed: one with a CLS token"),
+    (lambda clip: replaced_attention(siglip(), {}).__enter__(), TypeError, "model is SiglipModel: its attention cannot be replaced; it can in CLIP,"),
     (lambda clip: replaced_attention(torch.nn.Linear(2, 2), {}).__enter__(), TypeError, "Linear is not supported"),
     (lambda clip: centres(torch.zeros(3, 2), 4), ValueError, "points=3 is not allowed; allowed: at least 4"),
     (lambda clip: centres(torch.zeros(3, 2), 0), ValueError, "count=0 is not allowed"),

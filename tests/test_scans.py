@@ -150,6 +150,17 @@ def test_a_fault_spoils_what_the_definition_says_and_nothing_before(fast, defini
 
 
 @both
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_decay_that_is_not_a_number_spoils_all_that_it_decays(fast, definition, inputs, kind):
+    """A model that diverged must not look healthy: NaN in A was once read as no decay."""
+    given = [v.clone().to(kind) for v in inputs(70)]
+    given[2].view(-1)[1] = math.nan
+    (y, state), (expected, final) = fast(*given, chunk=16), definition(*given)
+    assert not expected[:, 0].isfinite().all() and expected[:, -1].isfinite().any()
+    assert torch.equal(y.isfinite(), expected.isfinite()) and torch.equal(state.isfinite(), final.isfinite())
+
+
+@both
 @pytest.mark.parametrize("extreme", [0.0, 1e-8, 1e4, 1e8])
 def test_extreme_steps_stay_finite_and_exact(fast, definition, inputs, extreme):
     given = list(inputs(150))

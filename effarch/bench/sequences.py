@@ -115,4 +115,4 @@ def measured(table):
     ratio = "latency_over_ours"
     for column in ("n_runs", "latency_ms_median", ratio, f"{ratio}_low", f"{ratio}_high"):  # even if all failed
         rows[column] = rows.get(column, float("nan"))
-    return rows, f"{rows['n_runs'].min():.0f} to {rows['n_runs'].max():.0f} rounds"
+    return rows, " to ".join(f"{n:.0f}" for n in sorted({rows["n_runs"].min(), rows["n_runs"].max()})) + " rounds"

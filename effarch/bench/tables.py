@@ -101,7 +101,7 @@ class Table:
 
     def _there(self, where):
         """{key: row} with these values that the cells run so far have made, here or before an interruption."""
-        code, both = cells_fingerprint(), self._waiting | self._rows
+        code, both, where = cells_fingerprint(), self._waiting | self._rows, as_kept(where)
         return {key: row for key, row in both.items()
                 if self._made_by[key] == code and all(row.get(k) == v for k, v in where.items())}
 
@@ -111,6 +111,7 @@ class Table:
 
     def find(self, **where):
         """The rows (dicts) whose columns have these values."""
+        where = as_kept(where)
         return [row for row in self.rows if all(row.get(k) == v for k, v in where.items())]
 
     def best(self, column, most=False, **where):
@@ -148,7 +149,7 @@ class Table:
             raw = row.get("raw_ms") or []
             row |= dict(raw_ms=[raw]) if len(raw) and not isinstance(raw[0], (list, tuple)) else {}
         code, parts = cells_fingerprint(), {}
-        for row in json.loads(json.dumps([dict(self.run.row, **row) for row in rows], default=plain)):
+        for row in as_kept([dict(self.run.row, **row) for row in rows]):
             key = self._key_of(row)
             same = row.get("raw_ms") and row["raw_ms"] == self._rows.get(key, {}).get("raw_ms")  # columns for a row that another cell measured
             parts.setdefault(self._made_by[key] if same else code, []).append(row)
@@ -224,6 +225,11 @@ class Table:
 def plain(value):
     """numpy scalars, paths and the like as JSON values."""
     return value.item() if hasattr(value, "item") else str(value)
+
+
+def as_kept(value):
+    """A value as the journal keeps it: a tuple is a list there, a path its text."""
+    return json.loads(json.dumps(value, default=plain))
 
 
 def write_csv(path, table):

@@ -16,11 +16,11 @@ def judge_images(features, dense, text=None, labels=None, names=None, zero_shot=
     """What became of each image, as text for one table cell each: cosine to the dense feature, whether the top-1 class is
     the dense model's, whether it is right, the same of many `names` and of a zero-shot head.
 
-    features, dense: (N, P); text, zero_shot: (C, P) or None; labels: (N,) or None; names: (M, P) or None. Features that
-    are not finite are a row with status='nan' and empty cells: argmax would judge them anyway."""
+    features, dense: (N, P); text, zero_shot: (C, P) or None; labels: (N,) or None; names: (M, P) or None. Where any
+    of them is not finite: a row with status='nan' and empty cells, as argmax would judge them anyway."""
     row = dict(cosines="", agrees="", corrects="", names_agree="", zero_shot_corrects="")
     features, dense = features.float(), dense.float()  # half precision would round a cosine to three digits
-    if not features.isfinite().all():
+    if not all(v.isfinite().all() for v in (features, dense, text, names, zero_shot) if v is not None):
         return dict(row, status="nan")
     features, dense = (F.normalize(v, dim=-1) for v in (features, dense))  # and lengths
     row["cosines"] = " ".join(f"{c:.4f}" for c in (features * dense).sum(-1).tolist())
@@ -64,7 +64,7 @@ def mean_of(values, groups=None, share=False):
     images, since crops of one picture are alike. share: 0 or 1 each, Wilson's interval."""
     if groups is not None:
         _, group = np.unique(groups, return_inverse=True)
-        return bootstrap_mean(np.bincount(group, values) / np.bincount(group))
+        return bootstrap_mean(np.bincount(group, values) / np.bincount(group), weights=np.bincount(group))
     return wilson(values.sum(), len(values)) if share else bootstrap_mean(values)
 
 

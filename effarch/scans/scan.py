@@ -229,7 +229,8 @@ def ssd_chunked(x, delta, A, B, C, state, chunk, careful):
     """SSD over one segment; see `ssd`. b batch, c chunks, q tokens, g groups, k heads per group, n states, p channels."""
     length, p, groups = x.shape[1], x.shape[3], B.shape[2]
     split = lambda v: in_chunks(v, chunk).unflatten(3, (groups, -1))  # b c q g k …
-    log_decay = (delta * A).nan_to_num(0).clamp(min=-30 if x.dtype == torch.float32 else -80)
+    # a fault of Δ comes back with x · Δ, one of A nowhere else
+    log_decay = torch.where(A.isnan(), A, (delta * A).nan_to_num(0)).clamp(min=-30 if x.dtype == torch.float32 else -80)
     total = split(log_decay).permute(0, 1, 3, 4, 2).contiguous().cumsum(-1)  # b c g k q
     x, (B, C) = split(x * delta[..., None]), (in_chunks(v, chunk).transpose(2, 3) for v in (B, C))  # b c g q n
     # what each chunk writes into the state, decayed to the chunk's end, and the states it starts from

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from effarch.checks import check, check_share
-from effarch.clip.towers import attend, find_vision_module, make_tower, project, sides_of, split_heads
+from effarch.clip.towers import attend, find_vision_module, make_tower, project, sides_of, split_heads, wide
 
 
 @dataclass
@@ -221,8 +221,8 @@ def drop(tokens, kept):
 def append(tokens, token, size=None):
     """Add one token (B, D) at the end; size: (B,) patches that it stands for, or None for a plain token."""
     if tokens.sizes is not None or size is not None:
-        sizes = torch.ones_like(tokens.x[..., 0], dtype=torch.float32) if tokens.sizes is None else tokens.sizes
-        tokens.sizes = torch.cat([sizes, torch.ones_like(sizes[:, :1]) if size is None else size[:, None].float()], 1)
+        sizes = torch.ones_like(wide(tokens.x[..., 0])) if tokens.sizes is None else tokens.sizes
+        tokens.sizes = torch.cat([sizes, torch.ones_like(sizes[:, :1]) if size is None else size[:, None].to(sizes.dtype)], 1)
     tokens.x = torch.cat([tokens.x, token[:, None].to(tokens.x.dtype)], 1)
     if tokens.place is not None:  # it stands nowhere, like the CLS token
         tokens.place = F.pad(tokens.place, (0, 1))
@@ -249,7 +249,7 @@ class InputPruning(Reducer):
             return
         scores = self.scores(tokens)
         kept, rest = split_kept(tokens, -scores if self.lowest else scores, count)
-        summary = None if self.rest == "drop" else take(tokens.x, rest).float().mean(1)
+        summary = None if self.rest == "drop" else wide(take(tokens.x, rest)).mean(1)
         drop(tokens, kept)
         if summary is not None:
             append(tokens, summary if self.offset is None else summary + self.offset)
@@ -333,9 +333,9 @@ def importance(tokens, by_value=False, samples=16):
 
     by_value: times the length of its value vector. Without a CLS token: the mean over about `samples` spread queries."""
     q = tokens.q[:, :, :1] if tokens.prefix else tokens.q[:, :, :: max(1, tokens.q.shape[2] // samples)]
-    logits = (q @ tokens.k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    logits = wide(q @ tokens.k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     logits = logits if tokens.logits_bias is None else logits + tokens.logits_bias
     tokens.macs += math.prod(q.shape[1:]) * tokens.k.shape[2]
     attention = torch.softmax(logits, dim=-1).mean(2)
-    attention = attention * tokens.v.float().norm(dim=-1) if by_value else attention
+    attention = attention * wide(tokens.v).norm(dim=-1) if by_value else attention
     return attention.mean(1)[:, tokens.prefix:]

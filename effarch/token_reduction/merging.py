@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from effarch.checks import check, is_number
+from effarch.clip.towers import wide
 from effarch.token_reduction.encoder import Reducer, check_keep, importance, take, track
 
 
@@ -28,9 +29,9 @@ def merge(tokens, kept, rest, target, keep_norm=False):
     """Merge token rest[b, i] into kept[b, target[b, i]]: mean weighted by size, sizes add up.
 
     kept (B, M), rest and target (B, R). keep_norm=True gives a merged token the mean length of its parts
-    instead of the shorter length of their mean. Sums in float32. Only rows that change are computed with."""
+    instead of the shorter length of their mean. Sums in float32 at least. Only rows that change are computed with."""
     track(tokens, kept, rest, target)
-    x = tokens.x.float()
+    x = wide(tokens.x)
     sizes = tokens.sizes if tokens.sizes is not None else x.new_ones(x.shape[:2])
     new, parts, before = take(x, kept), take(x, rest), take(x, kept.gather(1, target))
     part_sizes = sizes.gather(1, rest)

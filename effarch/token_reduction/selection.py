@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from effarch.checks import check, check_share
-from effarch.clip.towers import make_tower, sides_of
+from effarch.clip.towers import make_tower, sides_of, wide
 from effarch.token_reduction.encoder import (
     InputPruning, Reducer, append, check_keep, drop, encoder_macs, fit_budget, importance, kept_count, split_kept,
     strength_at, take)
@@ -232,17 +232,17 @@ class PruMergeLike(Reducer):
         count = kept_count(self.keep, n)
         if tokens.layer != tokens.depth // 4 or count == n:
             return
-        scores = importance(tokens).float()
+        scores = importance(tokens)
         by_attention = scores.topk((count + 1) // 2, dim=1).indices
         chosen = scores.scatter(1, by_attention, 2.0)  # attention is at most 1
         free = (chosen >= 2).int().argsort(dim=1, stable=True)[:, : n - by_attention.shape[1]]  # the others, in raster order
         even = torch.linspace(0, free.shape[1] - 1, count - by_attention.shape[1], device=free.device).round().long()
         kept, rest = split_kept(tokens, chosen.scatter(1, free[:, even], 2.0), count)
-        metric = F.normalize(tokens.k.mean(1).float(), dim=-1)
+        metric = F.normalize(wide(tokens.k.mean(1)), dim=-1)
         similarity = take(metric, kept[:, p:]) @ take(metric, rest).transpose(1, 2)
         limit = similarity.topk(min(self.near, rest.shape[1]), dim=-1).values[..., -1:]
         weight = (similarity >= limit) * scores.gather(1, rest - p)[:, None]
-        mixed = take(tokens.x, kept[:, p:]) + weight @ take(tokens.x, rest).float()
+        mixed = take(tokens.x, kept[:, p:]) + weight @ wide(take(tokens.x, rest))
         tokens.macs += count * rest.shape[1] * (metric.shape[-1] + mixed.shape[-1])
         drop(tokens, kept)
         mixed = mixed / (1 + weight.sum(-1, keepdim=True))

@@ -6,13 +6,13 @@ FAMILIES is the list of what is supported, and why the rest is not. To add one, 
 from dataclasses import dataclass
 from typing import Any
 
-from effarch.clip.towers.base import Block, Tower, attend, has, mean_of_patches, sides_of, split_heads
+from effarch.clip.towers.base import Block, Tower, attend, has, mean_of_patches, sides_of, split_heads, wide
 from effarch.clip.towers.clip_like import blip_tower, clip_tower, siglip_tower
 from effarch.clip.towers.other_libraries import open_clip_tower, timm_tower
 from effarch.clip.towers.vit_like import dino_tower, dinov3_tower, mae_tower, vit_tower
 
 __all__ = ["FAMILIES", "Block", "Family", "Tower", "attend", "find_vision_module", "make_tower", "mean_of_patches", "project",
-           "sides_of", "split_heads", "supported"]
+           "sides_of", "split_heads", "supported", "wide"]
 
 
 @dataclass

@@ -167,11 +167,16 @@ def first_token(x, _=None):
     return x[:, 0]
 
 
+def wide(x):
+    """x in float32 at least, in which sums of many tokens neither overflow nor lose what is small."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def mean_of_patches(x, sizes=None):
-    """(B, N, D) → (B, D), a merged token counted as often as its parts; the sum is in float32."""
+    """(B, N, D) → (B, D), a merged token counted as often as its parts; the sum is in float32 at least."""
     if sizes is None:
-        return x.float().mean(1).to(x.dtype)
-    return ((x.float() * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
+        return wide(x).mean(1).to(x.dtype)
+    return ((wide(x) * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
 
 
 def rotate_halves(x, cos, sin):
@@ -201,4 +206,4 @@ def attend(q, k, v, bias=None, implementation="sdpa"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     logits = logits if bias is None else logits + bias
-    return torch.softmax(logits.float(), dim=-1).to(v.dtype) @ v
+    return torch.softmax(wide(logits), dim=-1).to(v.dtype) @ v
