@@ -29,6 +29,7 @@ class Support:
         check(text.ndim == 2 and len(text) >= 2, "text", tuple(text.shape), "(classes, width), at least two classes")
         check(x.ndim == 2 and x.shape[1] == text.shape[1], "features", tuple(x.shape), f"(shots, {text.shape[1]}), as wide as text")
         for name, rows in dict(features=x, text=text).items():
+            check(rows.dtype in (torch.float32, torch.float64), name, rows.dtype, "torch.float32 or torch.float64")
             longest = (rows.norm(dim=-1) - 1).abs().max() if len(rows) else torch.tensor(torch.nan)
             check(bool(longest < 1e-2), name, f"rows off length 1 by {longest:.2g}", "finite rows of length 1: normalise them")
         check(y.shape == x.shape[:1] and not y.is_floating_point(), "labels", tuple(y.shape), f"({len(x)},) whole numbers")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effarch.checks import check, check_count, check_share, is_count
-from effarch.clip.towers import find_vision_module, make_tower, split_heads
+from effarch.clip.towers import find_vision_module, make_tower, split_heads, wide
 from effarch.token_reduction.encoder import encode_images, pooled_output, run_encoder
 
 
@@ -29,21 +29,23 @@ class LowRankLinear(nn.Sequential):
 
 
 class Moment:
-    """First and second moments of the inputs x (n numbers each) of a layer; products in x's own precision, sums in float64."""
+    """First and second moments of the inputs x (n numbers each) of a layer, about the mean of the first that are seen:
+    products in float32 at least, sums in float64."""
 
     def __init__(self):
-        self.count, self.total, self.outer = 0, 0.0, 0.0
+        self.count, self.total, self.outer, self.centre = 0, 0.0, 0.0, None
 
     def add(self, x):
         """Note the inputs (…, n)."""
-        rows = x.flatten(0, -2)
-        self.count += len(rows)
+        rows = wide(x.flatten(0, -2))
+        self.centre = rows.mean(0) if self.centre is None else self.centre
+        rows, self.count = rows - self.centre, self.count + len(rows)
         self.total = self.total + rows.sum(0).double()
         self.outer = self.outer + (rows.T @ rows).double()
 
-    mean = property(lambda self: self.total / self.count)  # (n,) E x
-    second = property(lambda self: self.outer / self.count)  # (n, n) E x xᵀ
-    covariance = property(lambda self: self.second - torch.outer(self.mean, self.mean))
+    mean = property(lambda self: self.centre.double() + self.total / self.count)  # (n,) E x
+    second = property(lambda self: self.covariance + torch.outer(self.mean, self.mean))  # (n, n) E x xᵀ
+    covariance = property(lambda self: self.outer / self.count - torch.outer(self.total, self.total) / self.count**2)
 
 
 # the linear layers of a transformer layer → whose inputs they share

@@ -33,7 +33,8 @@ def random_kept(pixels, patch, keep, generator=None):
 def standardised_patches(pixels, patch):
     """(B, C, H, W) → (B, P, C · patch²): every patch's pixels with mean 0 and length 1, row by row as a tower has them; flat ones are 0."""
     rows = F.unfold(pixels.float(), patch, stride=patch).transpose(1, 2)
-    return F.normalize(rows - rows.mean(-1, keepdim=True), dim=-1, eps=1e-6)
+    flat = rows.amax(-1, keepdim=True) == rows.amin(-1, keepdim=True)  # what rounding leaves of these is no pattern
+    return F.normalize((rows - rows.mean(-1, keepdim=True)).masked_fill(flat, 0), dim=-1, eps=1e-6)
 
 
 def cluster_kept(pixels, patch, keep, generator=None, anchors=0.05):

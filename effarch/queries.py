@@ -231,6 +231,7 @@ class Objectives(nn.Module):
 
     def forward(self, picture, ids, generator=None):
         """{itc, itm, itg}: losses of pairs picture (B, N, C) and ids (B, T) without a start; generator: draws the negatives, on their device."""
+        check(len(ids) >= 2, "ids", f"{len(ids)} text", "at least two: each needs a wrong partner")
         compared, written = (F.pad(ids, (1, 0), value=first) for first in (1, 2))
         seen, text = self.qformer(picture, compared, "itc", compared != 0)
         logits = contrast(self.picture(seen), self.text(text[:, 0])) / self.temperature

@@ -113,7 +113,7 @@ def from_here(name, value):
     """A folder given as MODEL_ID or DATASET, relative to the caller's folder, as the notebooks will find it from ROOT."""
     images = name.endswith("DATASET") or name == "TRAIN"
     kind, colon, path = value.partition(":") if isinstance(value, str) and images and ":" in value else ("", "", value)
-    if not (images or name.endswith("MODEL_ID")) or not path or not isinstance(path, str) or path[0] in "/~":
+    if not (colon if images else name.endswith("MODEL_ID")) or not path or not isinstance(path, str) or path[0] in "/~":
         return value
     given = kind == "imagefolder" or path[0] == "."  # else it may be a hub's id, or the name of a data set
     return kind + colon + os.path.relpath(path, ROOT) if given or os.path.isdir(path) else value

@@ -275,6 +275,20 @@ def test_flops_limits_and_slopes():
     assert slope == pytest.approx(2) and low == pytest.approx(2) and high == pytest.approx(2)
 
 
+@pytest.mark.parametrize("words", [{}, dict(is_causal=True), dict(attn_mask=torch.ones(50, 50, dtype=torch.bool))])
+def test_attention_is_counted_on_a_cpu_too(words):
+    q, k, v = torch.randn(3, 2, 3, 50, 16)
+    with torch.no_grad():
+        assert bench.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, **words)) == 2 * 2 * 2 * 3 * 50 * 50 * 16
+    q.requires_grad_()
+    both = bench.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, **words).sum().backward())
+    assert both > 3 * 2 * 2 * 2 * 3 * 50 * 50 * 16, "backwards at least twice as much"
+    layer, x = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 40, 16)
+    with torch.no_grad():
+        assert bench.count_flops(lambda: layer(x, x, x, need_weights=False)) == 2 * (4 * 2 * 40 * 16 * 16 + 2 * 2 * 40 * 40 * 16)
+    assert torch.backends.mha.get_fastpath_enabled(), "as it was"
+
+
 # the one rule of inference
 
 

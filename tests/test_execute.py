@@ -197,6 +197,9 @@ def test_folders_are_meant_as_the_caller_sees_them(project, tmp_path, monkeypatc
     assert f"given {values['MODEL_ID']} {values['TUNE_DATASET']}" == seen
     absolute = runner.settings_for([notebook], [f"MODEL_ID={tmp_path}/caller/weights/clip", "TUNE_DATASET=imagefolder:~/x"])
     assert runner.from_here("TRAIN", "imagefolder:weights/clip") == f"imagefolder:{os.path.relpath(tmp_path / 'caller/weights/clip', folder)}"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    assert runner.from_here("DATASET", "cifar10") == "cifar10", "a data set, also where a folder has its name"
     assert absolute == [dict(MODEL_ID=f"{tmp_path}/caller/weights/clip", TUNE_DATASET="imagefolder:~/x")]
 
 

@@ -608,3 +608,15 @@ def test_made_layers_hold_their_numbers():
     made = linear(weight, bias, torch.zeros(1))
     assert made.weight.dtype == torch.float32 and made.weight.requires_grad
     close(made(torch.ones(1, 5)), (weight.sum(1) + bias).float()[None])
+
+
+@pytest.mark.parametrize("kind, mean, limit", [(torch.float32, 300.0, 1e-4), (torch.bfloat16, 20.0, 1e-4), (torch.float16, 20.0, 1e-4), (torch.float64, 3000.0, 1e-9)])
+def test_moments_far_from_zero_and_in_half_precision(kind, mean, limit):
+    """Sums of large squares lose the spread in float32, and overflow in half precision."""
+    rows = (mean + 3 * torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(kind)
+    moment = Moment()
+    for part in rows.view(8, 10, 50, 5):
+        moment.add(part)
+    assert (moment.covariance / torch.cov(rows.double().T, correction=0) - 1).diagonal().abs().max() < limit
+    assert torch.allclose(moment.mean, rows.double().mean(0), rtol=1e-6)
+    assert torch.allclose(moment.second, rows.double().T @ rows.double() / len(rows), rtol=1e-5)

@@ -570,3 +570,13 @@ def test_features_that_are_not_finite_are_no_right_answers(captions, pairs):
 def test_a_mistake_is_named_in_one_line(captions, pairs, wrong, said):
     with pytest.raises(ValueError, match=said):
         wrong(captions, pairs)
+
+
+@pytest.mark.parametrize("value", [2.1, -1.792, 0.3, 1e4])
+def test_flat_patches_have_no_pattern(value):
+    """What rounding leaves of one once had length 1, and all flat patches were alike."""
+    rows = standardised_patches(torch.full((1, 3, 64, 64), value), 16)
+    assert rows.abs().max() == 0
+    mixed = torch.full((1, 3, 64, 64), value)
+    mixed[..., :16, :16] += torch.randn(16, 16)
+    assert standardised_patches(mixed, 16).norm(dim=-1)[0] == pytest.approx([1.0] + [0.0] * 15, abs=1e-5)

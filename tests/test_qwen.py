@@ -388,6 +388,14 @@ def test_generate_without_token_types_is_refused(model):
         model.generate(**without(made(model, (8, 8)), "mm_token_type_ids"), max_new_tokens=2)
 
 
+def test_decoding_that_rolls_its_cache_back_is_refused(model):
+    """It would crop by the length of the whole prompt, which changes nothing of a shorter cache."""
+    given = made(model, (8, 8))
+    model.generate(**given, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)  # the library alone does it
+    with reduce_vision_tokens(model, "grid", 0.5), pytest.raises(ValueError, match="generate='assisted or prompt-lookup decoding' is not allowed"):
+        model.generate(**given, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
+
+
 def test_a_chat_in_a_pipeline(model, tmp_path):
     """From a folder, through the processor and its chat format, as a user has it."""
     folder = save_checkpoint(model, tmp_path)

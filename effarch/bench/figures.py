@@ -81,7 +81,7 @@ def place_headline(fig, size=13):
     labels = [label for legend in outside["right"] for label in legend.get_texts()]
     beside = max((0.8 + 0.009 * label.get_fontsize() * len(label.get_text()) for label in labels), default=0)  # about its width in inches
     room = max(2.0, fig.get_figwidth() - 2 * beside)  # the title is centred
-    broken, above = "\n".join(textwrap.fill(line, round(9 * room)) for line in text.split("\n")), outside["upper"]
+    broken, above = "\n".join(textwrap.fill(line, round(9 * room), break_on_hyphens=False) for line in text.split("\n")), outside["upper"]
     fig.suptitle("" if above else broken, fontsize=size)
     if above:
         above[0].set_title(broken, prop=dict(size=size))

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from effarch.bench.intervals import ratio_interval
 from effarch.checks import check, is_count
@@ -230,19 +231,30 @@ def peak_memory(fn, device, resident=()):
 
 
 def count_flops(fn):
-    """FLOPs of one call as PyTorch's counter sees them: matmuls and convolutions, 2 per multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        fn()
+    """FLOPs of one call as PyTorch's counter sees them: matmuls, attention and convolutions, 2 per multiply-add. In a backward
+    pass the counter takes a grouped convolution for a dense one."""
+    aten = torch.ops.aten  # it knows the fused attention of GPUs only, and none of nn.MultiheadAttention's own kernel
+    on_cpu = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+              aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy, q, k, v)}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+            fn()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 
 def ceilings(device, dtype=torch.float32, rounds=15):
-    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth of main memory (bytes/s)."""
+    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth of main memory (bytes/s).
+
+    The second factor lies as a layer's weight does: the other way round some CPUs take ten times as long in bfloat16."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones((256 if device.type == "cuda" else 64) * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    rows = compare({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, rounds=rounds)
+    rows = compare({"matmul": lambda: F.linear(a, b), "copy": lambda: target.copy_(source)}, device, rounds=rounds)
     fastest = {name: min(row["raw_ms"], default=float("nan")) / 1e3 for name, row in rows.items()}  # no memory: not known
     return dict(matmul_flops_per_s=2 * n**3 / fastest["matmul"],
                 copy_bytes_per_s=2 * tensor_bytes([source]) / fastest["copy"])

@@ -104,6 +104,11 @@ def open_prompt(inner, call):
     return dict(input_ids=ids, real=real, positions=positions, cache=cache, media=media)
 
 
+def no_rollback(*_):
+    """Instead of a cache's `crop`, which counts the tokens that are no longer there."""
+    check(False, "generate", "assisted or prompt-lookup decoding", "greedy, sampled or beam search: a reduced prompt's cache is not rolled back")
+
+
 def read_on(inner, note, call):
     """Hidden states (B, n, C) of n tokens that follow a reduced prompt, all layers; each layer sees what its cache holds."""
     language, cache, mask, positions = inner.language_model, *(call.get(n) for n in ("past_key_values", "attention_mask", "position_ids"))
@@ -175,7 +180,7 @@ def reading_differently(inner, encode, drop):
         prompt = Prompt(h, positions.permute(1, 2, 0), real, vision, asks).take(keep)
         h, stages = read_prompt(inner, prompt, cache, drop)
         if cache is not None:
-            cache.reduced = Note(n, positions.amax((0, 2)) + 1, stages)
+            cache.reduced, cache.crop = Note(n, positions.amax((0, 2)) + 1, stages), no_rollback
         return h
 
     def forward(*args, **options):
