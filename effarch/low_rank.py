@@ -40,8 +40,7 @@ class Moment:
         rows = wide(x.flatten(0, -2))
         self.centre = rows.mean(0) if self.centre is None else self.centre
         rows, self.count = rows - self.centre, self.count + len(rows)
-        self.total = self.total + rows.sum(0).double()
-        self.outer = self.outer + (rows.T @ rows).double()
+        self.total, self.outer = self.total + rows.sum(0).double(), self.outer + (rows.T @ rows).double()
 
     mean = property(lambda self: self.centre.double() + self.total / self.count)  # (n,) E x
     second = property(lambda self: self.covariance + torch.outer(self.mean, self.mean))  # (n, n) E x xᵀ

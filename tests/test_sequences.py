@@ -182,7 +182,7 @@ def test_timed_cases_note_memory_flops_and_a_limit(run):
     assert forward["attention"]["limit_ms"] == pytest.approx(1.0)
     assert forward["mix"]["peak_mem_mib"] > 0
     rows, rounds = measured(table)
-    assert set(rows["variant"]) == {"mix", "attention"} and rounds == "2 to 2 rounds"
+    assert set(rows["variant"]) == {"mix", "attention"} and rounds == "2 rounds"
 
 
 def test_timed_cases_of_two_precisions_have_the_limits_of_their_own(run):
