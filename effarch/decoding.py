@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from effarch.checks import check
 
 
+def check_row(x, channels):
+    """ValueError unless x holds one number for each channel: a batch of rows would be broadcast, or read as something else."""
+    check(x.shape == (channels,), "x.shape", tuple(x.shape), f"({channels},), a number for each channel")
+
+
 class RingBuffer:
     """Explicit convolution, O(L) per token. kernel (L, D); `step(x)`: x (D,) → y (D,)."""
 
@@ -20,6 +25,7 @@ class RingBuffer:
         self.work = kernel.new_empty(self.rows, L)
 
     def step(self, x):
+        check_row(x, len(self.past))
         L = self.reversed.shape[1]
         self.past[:, self.at] = x
         self.past[:, self.at + L] = x
@@ -47,6 +53,7 @@ class BlockedConvolution:
 
     def step(self, x):
         """x (D,) → y (D,)."""
+        check_row(x, len(self.past))
         if self.j == 0:
             self.past[:, :self.L] = self.past[:, self.P:].clone()
             spectrum = torch.fft.rfft(self.past[:, :self.L], self.size) * self.spectrum
@@ -69,6 +76,7 @@ class StateSpaceDecoder:
         self.real, self.imag = torch.zeros_like(self.cos), torch.zeros_like(self.cos)
 
     def step(self, x):
+        check_row(x, len(self.skip))
         y = torch.addcmul(self.c_real * self.real, self.c_imag, self.imag, value=-1).sum(0)
         y.addcmul_(self.skip, x)
         real = torch.addcmul(x, self.cos, self.real).addcmul_(self.sin, self.imag, value=-1)

@@ -48,7 +48,8 @@ def fft_conv(x, weight):
     """The same as a product of spectra, padded so that nothing wraps around."""
     weight = weight[:, -x.shape[1] :]  # older taps see only the zeros before the start
     size = fast_length(x.shape[1] + weight.shape[1] - 1)
-    spectrum = torch.fft.rfft(x.float(), size, dim=1) * torch.fft.rfft(weight.flip(1).float().T, size, dim=0)
+    wide = lambda v: v.to(torch.promote_types(v.dtype, torch.float32))  # no FFT of half precision on a CPU
+    spectrum = torch.fft.rfft(wide(x), size, dim=1) * torch.fft.rfft(wide(weight).flip(1).T, size, dim=0)
     return torch.fft.irfft(spectrum, size, dim=1)[:, : x.shape[1]].to(x.dtype)
 
 
@@ -102,7 +103,7 @@ def channels_last_conv(x, weight):
     Half precision on a CPU is computed in float32: faster, and on processors with matrix units (AMX) the half-precision
     kernel for this layout has been seen not to return."""
     kind, dtype = device_kind(x), x.dtype
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(kind)
     inner = torch.float32 if kind == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
     return ChannelsLastConv.apply(x.to(inner), weight.to(inner)).to(dtype)

@@ -265,8 +265,10 @@ def run_one(path, values, mode, out, repeat=1):
     suite = path.parent.name
     staging = out / ".staging" / path.stem
     staging.mkdir(parents=True, exist_ok=True)
-    for old in staging.rglob(f"{path.stem}.env.json"):  # it tells where this run's results are
-        old.unlink()
+    for old in [p for kind in ("results", "figures") for p in sorted((staging / kind).rglob("*")) if p.is_file() and not p.name.startswith(".")]:
+        target = staging / "before" / old.relative_to(staging)  # of an attempt whose code may have been another: not to be filed with this one's
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(old, target)
     for old in (out / "results" / suite).rglob("claims.csv"):  # the notebook keeps other notebooks' rows
         seed = staging / old.relative_to(out)
         seed.parent.mkdir(parents=True, exist_ok=True)

@@ -455,6 +455,7 @@ PRESETS = dict(quick=4, full=8, smoke=2)
     (text(**dict.fromkeys(PRESETS, "x")), ["a b"], ["", "  ", 3]),
     (listing(count(), **dict.fromkeys(PRESETS, [1])), [[1], (2, 3)], [[], [0], "12", 3, [1, "2"], {1: 2}]),
     (listing(number(0), length=2, **dict.fromkeys(PRESETS, [1, 2])), [[0, 1]], [[1], [1, 2, 3]]),
+    (listing(count(), ascending=True, **dict.fromkeys(PRESETS, [1])), [[7], [1, 2, 9]], [[2, 1], [1, 1], [1, 3, 2], [0, 1], []]),
 ])
 def test_settings_take_what_is_allowed_and_refuse_the_rest_in_one_line(setting, good, bad):
     for value in good:

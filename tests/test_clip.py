@@ -120,6 +120,19 @@ def test_photos_need_no_labels_and_parts_of_a_picture_are_a_group(processor, tmp
     assert again.groups == images.groups and again.digest() == images.digest(), "the same seed, the same order"
 
 
+def test_photographs_are_split_by_whole_pictures():
+    groups = list("abacbdacbd")
+    images = Images(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(-1, 3, 2, 2), None, [], "photos:x", groups=groups)
+    for count in range(1, 8):
+        first, rest = images.split(count)
+        assert len(first) >= count and not set(first.groups) & set(rest.groups) and rest.groups
+        assert sorted([*first.pixels[:, 0, 0, 0], *rest.pixels[:, 0, 0, 0]]) == list(range(10))
+    plain = Images(images.pixels, None, [], "x")
+    assert [len(part) for part in plain.split(4)] == [4, 6]
+    with pytest.raises(ValueError, match="^DATASET='photos:x' is not allowed; allowed: photographs of more pictures"):
+        images.part([0, 2, 6]).split(2)
+
+
 def test_a_part_of_the_images_keeps_labels_and_scaling():
     images = Images(torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2), torch.arange(4), ["a"], "x", scale=1.0)
     part = images.part([2, 3])

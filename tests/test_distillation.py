@@ -357,6 +357,15 @@ def test_every_decoder_equals_the_convolution():
             assert torch.allclose(y, causal_conv(x[None], k)[0], atol=1e-4), type(decoder).__name__
 
 
+def test_a_row_of_another_shape_is_refused_by_every_decoder():
+    """A batch of rows, or one number for all channels, would be broadcast to a wrong answer."""
+    kernel = planted(48, 3).float()
+    for decoder in (RingBuffer(kernel), BlockedConvolution(kernel, 8), StateSpaceDecoder(distill(kernel, "hankel", rank=4))):
+        for shape in ((1, 3), (1,), (3, 1), (4,), ()):
+            with pytest.raises(ValueError, match=r"x.shape=.* is not allowed; allowed: \(3,\)"):
+                decoder.step(torch.ones(shape))
+
+
 def test_lengths_that_do_not_fit_are_one_clear_line():
     kernel = planted(48, 3)
     for block in (0, 49):

@@ -540,6 +540,18 @@ def test_what_another_device_left_unfinished_is_not_filed(two_notebooks, tmp_pat
     assert not (place.parent / "other-device").exists() and (place / "first.csv").read_text() == "new\n"
 
 
+def test_what_an_earlier_attempt_left_is_not_filed_with_the_next_one(two_notebooks, tmp_path):
+    """Its code may have been another: a table that is not written any more."""
+    place, run = two_notebooks
+    for left in ("results", "figures"):
+        orphan = tmp_path / "out/.staging/first" / left / place.relative_to(tmp_path / "out/results") / "orphan.csv"
+        orphan.parent.mkdir(parents=True)
+        orphan.write_text("of cells that are no more\n")
+    assert run() == 0
+    assert not list((tmp_path / "out/results").rglob("orphan.csv")) and not list((tmp_path / "out/figures").rglob("orphan.csv"))
+    assert (place / "first.csv").read_text() == "new\n"
+
+
 def test_a_failure_is_told_even_if_its_notebook_cannot_be_kept(two_notebooks, monkeypatch, capsys):
     _, run = two_notebooks
     monkeypatch.setattr(runner, "execute", lambda path, *_: ("failed", f"{path.stem} on purpose"))

@@ -441,6 +441,9 @@ def test_training_images_lie_beside_the_test_images_or_are_part_of_them(tmp_path
     folder_of(tmp_path / "two/train_other")
     with pytest.raises(ValueError, match=r"^TRAIN_DATASET=None is not allowed; allowed: one of the folders beside .*: train_more, train_other$"):
         captioned_images(test, None, 100, 6, Size())
+    for same in (test, f"imagefolder:{tmp_path}/one/../two/test_some/"):
+        with pytest.raises(ValueError, match=r"^TRAIN_DATASET='imagefolder:.*' is not allowed; allowed: other images than those of "):
+            captioned_images(test, same, 100, 6, Size())
 
 
 def test_images_without_classes_or_with_others_are_refused(tmp_path):

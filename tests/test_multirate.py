@@ -80,6 +80,17 @@ def test_convolution_forms_equal_the_formula(form, shape, taps):
     assert_all_close(tensors_and_gradients(CONV_FORMS[form], x, weight), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", CONV_FORMS)
+def test_double_precision_stays_double_also_under_autocast(form):
+    x, weight = torch.randn(2, 50, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    expected = shift_add_conv(x, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = CONV_FORMS[form](x, weight)
+    for y in (CONV_FORMS[form](x, weight), under):
+        assert y.dtype == torch.float64
+        assert_all_close([y], [expected], rtol=1e-12, atol=1e-12)
+
+
 def test_the_formula_is_what_it_says():
     x, weight = torch.randn(2, 7, 3), torch.randn(3, 4)
     for t in range(7):

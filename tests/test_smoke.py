@@ -110,6 +110,7 @@ def check_outputs(path, root, notebook):
         assert len(frame) > 0, f"{name} has no rows"
         assert PROVENANCE <= set(frame), (name, PROVENANCE - set(frame))
         assert set(frame["mode"]) == {"smoke"}
+        assert not frame["status"].str.startswith("error").any(), (name, frame["status"].unique())
         flops = ["flops_counted", "flops_analytic"]
         both = frame.dropna(subset=flops) if set(flops) <= set(frame) else frame[:0]
         slack = UNCOUNTED.get(path.stem, 0) * both["flops_analytic"] if len(both) else 0

@@ -9,6 +9,7 @@ from torch import nn
 from effarch.bench.figures import power_ticks, series_style
 from effarch.bench.tables import Table
 from effarch.bench.timing import count_flops, limit_ms, one_pass, peak_memory, tensor_bytes
+from effarch.checks import check
 
 
 class Agreement:
@@ -86,6 +87,8 @@ def crossing(lengths):
     """A statistic for `redrawn`: the length from which the first half of the medians stays below the second half.
 
     lengths: ascending; between them it interpolates log-linearly. lengths[0]: from there on or before; inf: from none."""
+    check(list(lengths) == sorted(set(lengths)), "lengths", lengths, "numbers that ascend")
+
     def statistic(medians):
         gain = np.log(medians[len(lengths):]) - np.log(medians[:len(lengths)])
         behind = np.flatnonzero(gain <= 0)

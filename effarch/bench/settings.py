@@ -60,11 +60,12 @@ def text(allowed="a text", **presets):
     return Setting(lambda value: isinstance(value, str) and bool(value.strip()), allowed, **presets)
 
 
-def listing(of, least=1, length=None, **presets):
-    """A list whose items are as the Setting `of` wants them: at least `least` of them, or exactly `length`."""
+def listing(of, least=1, length=None, ascending=False, **presets):
+    """A list whose items are as the Setting `of` wants them: at least `least` of them, or exactly `length`. ascending: each above the last."""
     def ok(value):
         right = isinstance(value, (list, tuple)) and (len(value) == length if length else len(value) >= least)
-        return right and all(of.ok(item) for item in value)
+        right = right and all(of.ok(item) for item in value)
+        return right and not (ascending and any(a >= b for a, b in zip(value, value[1:], strict=False)))
 
     size = f"exactly {length}" if length else f"at least {least}"
-    return Setting(ok, f"a list of {size}, each {of.allowed}", **presets)
+    return Setting(ok, f"{'an ascending' if ascending else 'a'} list of {size}, each {of.allowed}", **presets)

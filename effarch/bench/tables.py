@@ -204,6 +204,7 @@ class Table:
         paired = len({tuple(map(len, parts)) for parts in earlier.values()}) == 1  # measured together, then as now
         for case, row in good.items():
             row["raw_ms"] = [*(earlier[case] if paired else []), row["raw_ms"]]
+            row["noisy"] |= bool(paired and earlier[case] and old[case].get("noisy"))
             row.update(summary([ms for part in row["raw_ms"] for ms in part]))
         return rows
 

@@ -8,7 +8,7 @@ import torch
 from effarch.checks import check
 from effarch.clip.digits import digit_images
 from effarch.clip.images import NoImages, load_images
-from effarch.clip.labelled import training_folders
+from effarch.clip.labelled import check_apart, training_folders
 
 LIGHT, TINT, PLACE = ("dark", "medium", "bright"), ("reddish", "greenish", "bluish"), ("top", "bottom", "left", "right")
 
@@ -70,6 +70,7 @@ def captioned_images(dataset, train_dataset, learn, test, processor, seed=0, off
     kind, _, folder = dataset.partition(":")
     for name, value in (("DATASET", dataset), ("TRAIN_DATASET", train_dataset or dataset)):
         check(value.partition(":")[0] in ("cifar10", "imagefolder"), name, value, "cifar10, imagefolder:<path> (a folder per class)")
+    check_apart("TRAIN_DATASET", train_dataset, dataset)
     beside = training_folders(folder) if kind == "imagefolder" and train_dataset is None else []
     check(len(beside) < 2, "TRAIN_DATASET", train_dataset, f"one of the folders beside {dataset}: {', '.join(p.name for p in beside)}")
     source = train_dataset or (dataset if kind == "cifar10" else f"imagefolder:{beside[0]}" if beside else None)

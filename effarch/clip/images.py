@@ -64,6 +64,17 @@ class Images:
         groups = None if self.groups is None else np.asarray(self.groups)[index].tolist()
         return replace(self, pixels=self.pixels[index], labels=None if self.labels is None else self.labels[index], groups=groups)
 
+    def split(self, count):
+        """(the first `count` Images, the others). Of photos whole pictures, `count` crops at least: crops of one picture are
+        alike, and what is fitted on some must not be judged on others. ValueError if one picture is all there is."""
+        if self.groups is None:
+            return self.part(slice(0, count)), self.part(slice(count, None))
+        first, pictures = set(), list(dict.fromkeys(self.groups))
+        while sum(group in first for group in self.groups) < count and len(first) < len(pictures):
+            first.add(pictures[len(first)])
+        check(len(first) < len(pictures) or count >= len(self), "DATASET", self.source, "photographs of more pictures: they are fitted on some and judged on others")
+        return tuple(self.part([i for i, group in enumerate(self.groups) if (group in first) == wanted]) for wanted in (True, False))
+
 
 def scaling(processor):
     """{'mean', 'std', 'scale'} for `Images`: what a Hugging Face image processor does to bytes."""

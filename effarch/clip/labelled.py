@@ -15,6 +15,12 @@ def training_folders(folder):
     return [p for p in sorted(own.parent.glob("train*")) if p.is_dir() and p != own]
 
 
+def check_apart(name, train, dataset):
+    """ValueError if the images to learn from, as DATASET names images, lie in the folder of those that judge; None names none."""
+    kinds, folders = zip(*((text.partition(":")[0], Path(text.partition(":")[2]).expanduser().resolve()) for text in (train or "", dataset)), strict=True)
+    check(not {*kinds} <= {"imagefolder", "photos"} or folders[0] != folders[1], name, train, f"other images than those of {dataset}, which judge")
+
+
 def training_images(dataset, count, processor, seed=0):
     """`count` training Images, stratified by class, for the test images that DATASET names.
 

@@ -8,6 +8,7 @@ import transformers
 
 from effarch.checks import check
 from effarch.clip.images import load_images
+from effarch.clip.labelled import check_apart
 
 GRIDS = (2, 3, 4)  # cells a side
 CELLS = max(GRIDS) ** 2
@@ -55,6 +56,7 @@ def picture_parts(study, run, dataset, train, count, tests):
     train: pictures to train with as DATASET names them, `count` at most. None: CIFAR-10's training part for 'cifar10', else every
     second picture of the study, and the others are for the test. ValueError where the classes differ."""
     side, learn, test = study.model.config.vision_config.image_size // 2, None, study.images
+    check_apart("TRAIN", train, dataset)
     train = train or (dataset if dataset == test.source == "cifar10" else None)
     if train is None or run.smoke:
         learn, test = test.part(slice(0, None, 2)), test.part(slice(1, None, 2))

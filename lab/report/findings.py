@@ -213,6 +213,11 @@ def seeing_error(other):
     return Errors("vision_quality", dict(variant="two directions"), dict(variant=other), {}, "accuracy", "seed_of_model", accuracy=True)
 
 
+def seeing_seconds():
+    """Seconds of a transformer's longer training over those of Vision Mamba with two directions."""
+    return Errors("vision_quality", dict(variant="transformer, as long"), dict(variant="two directions"), {}, "train_s", "seed_of_model", counted=False)
+
+
 def few_labels(method, shots=max):
     """Gain of a way to learn from a few labels over the head made of names, on the images themselves (not the far domain)."""
     return Cell("few_shot_methods", "gain_over_zero_shot", dict(domain=differs("digits"), method=method, shots=shots), "points", ("shots", "domain"))
@@ -369,9 +374,9 @@ FINDINGS = [
     Finding(
         "vision_error", SEES, "Does it see as well?", seeing_error("transformer, as long"),
         "On handwritten digits, with as many parameters, Vision Mamba (written here on Mamba-2's scan) makes {value} the errors of a transformer that is trained "
-        "for as long, in more and cheaper steps.",
+        "in more and cheaper steps, for {seconds} its seconds.",
         below="Better, on digits: {short} the errors.", above="No: {short} the errors.", undecided="Undecided on digits.",
-        more="With as many steps: {same}.", beside=dict(same=seeing_error("transformer"))),
+        more="With as many steps: {same}.", beside=dict(same=seeing_error("transformer"), seconds=seeing_seconds())),
     Finding(
         "scan_clip", SCAN_CLIP, "Can a scan stand in for attention in a pretrained CLIP?", hybrid("cosine_mean"),
         "With a scan in every second layer, initialised from its queries, keys and values and distilled for minutes, the feature has a cosine of "
