@@ -246,13 +246,13 @@ def count_flops(fn):
     return counter.get_total_flops()
 
 
-def ceilings(device, dtype=torch.float32, rounds=15):
-    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth of main memory (bytes/s).
+def ceilings(device, dtype=torch.float32, rounds=15, small=False):
+    """This device's measured limits: the best matmul rate (FLOP/s) and copy bandwidth of main memory (bytes/s); small: of no use, but at once.
 
     The second factor lies as a layer's weight does: the other way round some CPUs take ten times as long in bfloat16."""
-    n = 8192 if device.type == "cuda" else 1024
+    n, mib = (64, 1) if small else (8192, 256) if device.type == "cuda" else (1024, 64)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.ones((256 if device.type == "cuda" else 64) * 2**20 // 4, device=device)
+    source = torch.ones(mib * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     rows = compare({"matmul": lambda: F.linear(a, b), "copy": lambda: target.copy_(source)}, device, rounds=rounds)
     fastest = {name: min(row["raw_ms"], default=float("nan")) / 1e3 for name, row in rows.items()}  # no memory: not known
