@@ -21,19 +21,22 @@ def check_apart(name, train, dataset):
     check(not {*kinds} <= {"imagefolder", "photos"} or folders[0] != folders[1], name, train, f"other images than those of {dataset}, which judge")
 
 
-def training_images(dataset, count, processor, seed=0):
-    """`count` training Images, stratified by class, for the test images that DATASET names.
-
-    cifar10: its training split. imagefolder:<path>: the one folder beside <path> whose name begins with train.
-    ValueError where there is none; NoImages where CIFAR-10 cannot be had."""
+def training_source(dataset):
+    """What to learn from, as a DATASET, for the test images that DATASET names: cifar10 (its training split) for itself,
+    imagefolder:<the one folder beside that begins with train> for an image folder. ValueError where there is not one."""
     kind, _, rest = dataset.partition(":")
     check(kind in ("cifar10", "imagefolder"), "DATASET", dataset, "cifar10, imagefolder:<path>: others have no labels")
-    if kind == "imagefolder":
-        beside = training_folders(rest)
-        check(len(beside) == 1, "DATASET", dataset,
-              f"a folder beside one of labelled training images, train…; found: {[p.name for p in beside] or 'none'}")
-        dataset = f"imagefolder:{beside[0]}"
-    return load_images(dataset, count, processor, seed, train=True)
+    if kind == "cifar10":
+        return dataset
+    beside = training_folders(rest)
+    check(len(beside) == 1, "DATASET", dataset,
+          f"a folder beside one of labelled training images, train…; found: {[p.name for p in beside] or 'none'}")
+    return f"imagefolder:{beside[0]}"
+
+
+def training_images(dataset, count, processor, seed=0):
+    """`count` training Images, stratified by class, of `training_source`; NoImages where CIFAR-10 cannot be had."""
+    return load_images(training_source(dataset), count, processor, seed, train=True)
 
 
 def resized(images, processor):
