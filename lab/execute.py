@@ -194,8 +194,8 @@ def execute(path, values, mode, staging):
 
 
 def tidy(copy):
-    """Make the executed copy a thing to read: without what changes from run to run, without the support code, and without
-    the results at a glance, which are those of the run before this one."""
+    """Make the executed copy a thing to read: without what changes from run to run, folders of this machine, the support
+    code, and the results at a glance, which are those of the run before this one."""
     import nbformat
 
     notebook = nbformat.read(copy, as_version=4)
@@ -209,6 +209,8 @@ def tidy(copy):
             cell.source = f"{title}\n# left out of this executed copy: the package effarch/ of the repository"
         for output in cell.get("outputs", []):
             shrink(output.get("data", {}))
+            if "text" in output:  # a library's warning names its own file
+                output.text = output.text.replace(f"{sys.prefix}{os.sep}", "").replace(f"{ROOT}{os.sep}", "")
     nbformat.write(notebook, copy)
 
 

@@ -579,6 +579,8 @@ def test_an_executed_copy_is_for_reading(tmp_path):
     for picture in (chart, photo):
         notebook.cells[2].outputs.append(nbformat.v4.new_output("display_data", {"image/png": picture, "text/plain": "fig"}))
     notebook.cells[1].outputs.append(nbformat.v4.new_output("stream", text="effarch is here: nothing to write\n"))
+    warned = f"{sys.prefix}/lib/some/module.py:21: SomeWarning: x\n{runner.ROOT}/effarch/y.py:3: z\n"
+    notebook.cells[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=warned))
     path = tmp_path / "n.ipynb"
     nbformat.write(notebook, path)
     runner.tidy(path)
@@ -587,6 +589,7 @@ def test_an_executed_copy_is_for_reading(tmp_path):
     assert len(got.cells) == 3, "the results at a glance are the last run's, not this one's"
     assert got.cells[1].source.splitlines()[0] == "#@title Support code: x" and len(got.cells[1].source.splitlines()) == 2
     assert "effarch/" in got.cells[1].source and got.cells[1].outputs[0].text.startswith("effarch is here")
+    assert got.cells[1].outputs[1].text == "lib/some/module.py:21: SomeWarning: x\neffarch/y.py:3: z\n", "no folder of this machine"
     assert got.cells[2].source == "x = 1" and got.cells[0].source == "# A question?"
     assert not {"papermill", "widgets", "execution"} & {k for part in (got, *got.cells) for k in part.metadata}
     first, second = (output["data"] for output in got.cells[2].outputs)

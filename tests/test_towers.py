@@ -526,14 +526,14 @@ def test_a_compiled_model_is_reduced_inside_only(pixels):
     model = transformers.ViTModel(transformers.ViTConfig(**dict(VISION, num_hidden_layers=2))).eval()
     compiled, before = torch.compile(model, backend="eager"), model(pixels).pooler_output
     close(compiled(pixels).pooler_output, before)
-    with token_reduction(compiled, "ours", budget=0.6):
+    with token_reduction(compiled, "ours", budget=0.7):
         inside = model(pixels).pooler_output
         close(compiled(pixels).pooler_output, inside)
     assert (inside - before).abs().max() > 1e-4
     close(compiled(pixels).pooler_output, before)
     small = dict(pixel_values=pixels[..., :32, :32], interpolate_pos_encoding=True)
     for size in (None, 32):
-        with token_reduction(compiled, "ours", budget=0.6, image_size=size):
+        with token_reduction(compiled, "ours", budget=0.7, image_size=size):
             twice = [compiled(**small).pooler_output for _ in range(2)]
             close(model(**small).pooler_output, twice[0])
             close(twice[1], twice[0])
