@@ -233,15 +233,19 @@ def shrink(data):
         data["image/png"] = base64.b64encode(packed).decode()
 
 
+def files_of(staging, place=""):
+    """What was written in staging to file: results and figures, of one place or of all; journals are hidden."""
+    return [file for kind in ("results", "figures") for file in sorted((staging / kind / place).rglob("*"))
+            if file.is_file() and not file.name.startswith(".")]
+
+
 def move_into_place(staging, out, place):
     """Move finished results and figures of one place, such as 'ssm/tesla-t4', from staging to `out`: all or none.
 
     Other places in staging are of runs that did not finish."""
     kept = staging / "earlier"
     shutil.rmtree(kept, ignore_errors=True)
-    files = [file for kind in ("results", "figures") for file in sorted((staging / kind / place).rglob("*"))
-             if file.is_file() and not file.name.startswith(".")]
-    moves = [(file, out / file.relative_to(staging), kept / file.relative_to(staging)) for file in files]
+    moves = [(file, out / file.relative_to(staging), kept / file.relative_to(staging)) for file in files_of(staging, place)]
     for _, target, copy in moves:  # what needs room comes first: a full disk shows here
         for folder in (target.parent, copy.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +271,7 @@ def run_one(path, values, mode, out, repeat=1):
     suite = path.parent.name
     staging = out / ".staging" / path.stem
     staging.mkdir(parents=True, exist_ok=True)
-    for old in [p for kind in ("results", "figures") for p in sorted((staging / kind).rglob("*")) if p.is_file() and not p.name.startswith(".")]:
+    for old in files_of(staging):
         target = staging / "before" / old.relative_to(staging)  # of an attempt whose code may have been another: not to be filed with this one's
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(old, target)

@@ -133,6 +133,11 @@ def test_all_models_train_once_and_errors_are_paired_by_seed(run):
     assert len(built) == 4 and set(trained) == {("copying", v, s) for v in models for s in (1, 2)}
     assert all(row["extra"] == 7 and row["most_steps"] == 2 for row in table.rows)
     assert learn_all(run, table, models, ["copying"], 2, 2) == {} and len(built) == 4
+    rows = [dict(row) for row in table.rows]
+    again = learn_all(run, table, models, ["copying"], 2, 2, keep=run.seed)  # as a later process does, which has the rows only
+    assert set(again) == {key for key in trained if key[2] == run.seed} and [dict(row) for row in table.rows] == rows
+    for key, model in again.items():
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained[key].parameters(), strict=True))
     ratio = error_ratio(table, "one", "other", task="copying")
     assert ratio == (1, 1, 1)  # the same start and data
 

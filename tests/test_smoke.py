@@ -27,7 +27,7 @@ CHANGES = re.compile(
 UNCOUNTED = {"kernel_distillation": 0.01}
 PROVENANCE = {"run_id", "device", "dtype", "torch", "python", "seed", "mode", "git_commit", "weights", "status"}
 SOURCES = build.sources()
-# run twice: the shortest of those that time layers, distil, train networks, learn from images, and only look at them
+# run twice, the shortest of each kind: distils kernels, trains and times layers, times towers, trains towers, looks at images
 TWICE = ("kernel_distillation", "real_signals", "hardware", "masked_pretraining", "photographs")
 
 

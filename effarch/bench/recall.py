@@ -112,22 +112,26 @@ def choose_rates(run, table, models, tasks, rates, steps, **options):
     return best
 
 
-def learn_all(run, table, models, tasks, seeds, steps, describe=None, rates=None, **options):
+def learn_all(run, table, models, tasks, seeds, steps, describe=None, rates=None, keep=None, **options):
     """Train every model on every task with every seed and add a row of each to `table`, unless it is there; returns the models.
 
     models: {variant: function of the task's name that builds the model}; table: its key is task, variant, seed_of_model;
     seeds: how many, from the run's on; describe(model): further columns; rates: {(task, variant): learning rate}, see
-    `choose_rates`; options of `learn_recall`. → {key: trained model}."""
+    `choose_rates`; keep: a seed whose models are wanted: where only their rows are there, they are trained again, as before;
+    options of `learn_recall`. → {key: model trained here}."""
     trained = {}
     for task, variant, i in run.steps([(t, v, i) for t in tasks for v in models for i in range(seeds)], "training"):
         key = dict(task=task, variant=variant, seed_of_model=run.seed + i)
-        if not table.has(**key):
-            torch.manual_seed(run.seed + i)
-            model = trained[tuple(key.values())] = models[variant](task).to(run.device)
-            rate = dict(rate=rates[task, variant]) if rates else {}
-            row = learn_recall(model, task, steps, run.seed + i, **rate, **options) | rate
+        there = table.has(**key)
+        if there and run.seed + i != keep:
+            continue
+        torch.manual_seed(run.seed + i)
+        model = trained[tuple(key.values())] = models[variant](task).to(run.device)
+        rate = dict(rate=rates[task, variant]) if rates else {}
+        row = learn_recall(model, task, steps, run.seed + i, **rate, **options) | rate
+        if not there:
             table.add(key | dict(most_steps=steps) | row | (describe(model) if describe else {}))
-            run.log(f"{row['accuracy']:.1%} right after {row['steps']} steps")
+        run.log(f"{row['accuracy']:.1%} right after {row['steps']} steps")
     return trained
 
 

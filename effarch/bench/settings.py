@@ -1,5 +1,7 @@
 """What a notebook's parameters may be, and which sizes each mode takes: declared once, checked before anything runs."""
 
+from itertools import pairwise
+
 from effarch.checks import check, is_count, is_number
 
 MODES = ("quick", "full", "smoke")
@@ -65,7 +67,7 @@ def listing(of, least=1, length=None, ascending=False, **presets):
     def ok(value):
         right = isinstance(value, (list, tuple)) and (len(value) == length if length else len(value) >= least)
         right = right and all(of.ok(item) for item in value)
-        return right and not (ascending and any(a >= b for a, b in zip(value, value[1:], strict=False)))
+        return right and (not ascending or all(a < b for a, b in pairwise(value)))
 
     size = f"exactly {length}" if length else f"at least {least}"
     return Setting(ok, f"{'an ascending' if ascending else 'a'} list of {size}, each {of.allowed}", **presets)

@@ -17,8 +17,11 @@ def training_folders(folder):
 
 def check_apart(name, train, dataset):
     """ValueError if the images to learn from, as DATASET names images, lie in the folder of those that judge; None names none."""
-    kinds, folders = zip(*((text.partition(":")[0], Path(text.partition(":")[2]).expanduser().resolve()) for text in (train or "", dataset)), strict=True)
-    check(not {*kinds} <= {"imagefolder", "photos"} or folders[0] != folders[1], name, train, f"other images than those of {dataset}, which judge")
+    def folder_of(text):
+        kind, _, folder = (text or "").partition(":")
+        return Path(folder).expanduser().resolve() if kind in ("imagefolder", "photos") else None
+
+    check(folder_of(train) is None or folder_of(train) != folder_of(dataset), name, train, f"other images than those of {dataset}, which judge")
 
 
 def training_source(dataset):

@@ -215,7 +215,7 @@ def seeing_error(other):
 
 def seeing_seconds():
     """Seconds of a transformer's longer training over those of Vision Mamba with two directions."""
-    return Errors("vision_quality", dict(variant="transformer, as long"), dict(variant="two directions"), {}, "train_s", "seed_of_model", counted=False)
+    return Errors("vision_quality", dict(variant="transformer, as long"), dict(variant="two directions"), {}, "train_s", "seed_of_model")
 
 
 def few_labels(method, shots=max):

@@ -234,8 +234,8 @@ class Errors:
     """Error of the trainings `a` over that of `b`, paired by seed.
 
     column: the error; with accuracy=True a share of right answers, whose error is 1 minus it. Where the table counts
-    answers (`wrong` of `n_test`), half an error is added to each, so that a training without any has a ratio, too. For another
-    column, such as the seconds of a training, counted=False."""
+    answers (`wrong` of `n_test`), half an error is added to each, so that a training without any has a ratio, too. Any other
+    column, such as the seconds of a training, is taken as it is."""
 
     table: str
     a: dict
@@ -245,7 +245,6 @@ class Errors:
     pair: str = "train_seed"
     accuracy: bool = False
     unit: str = "×"
-    counted: bool = True
 
     def measure(self, place):
         table = place.table(self.table)
@@ -261,7 +260,7 @@ class Errors:
         a, b = a.loc[both], b.loc[both]
         source = f"{self.table}.csv: {describe(self.where | self.a)} over {describe(self.b)}"
         counts = ["wrong", "n_test"]
-        counted = self.counted and set(counts) <= set(table) and a[counts].notna().all(axis=None) and b[counts].notna().all(axis=None)
+        counted = self.column in ("error", "accuracy") and set(counts) <= set(table) and a[counts].notna().all(axis=None) and b[counts].notna().all(axis=None)
         if counted:
             a, b = ((side["wrong"] + 0.5) / side["n_test"] for side in (a, b))
         else:
