@@ -527,6 +527,18 @@ def test_the_three_answers_have_pictures_of_the_tables(tables, tmp_path):
     assert "rates.png" not in text.answers_block(report.collect(root))
 
 
+def test_a_headline_picture_is_titled_by_its_verdict(tables, monkeypatch):
+    titles, draw = [], charts.picture
+    monkeypatch.setattr(charts, "picture", lambda title, *rest: titles.append(title) or draw(title, *rest))
+    shown = report.collect(tables)
+    verdicts = shown.findings.drop_duplicates("key").set_index("key")["answer"].str.extract(r"\*\*(.*?)\.?\*\*")[0]
+    assert "Is MRSS faster? No: 1.5× slower" in titles
+    for (_, _, (told, lead), *_), title in zip(charts.HEADLINES, titles, strict=True):
+        assert title == f"{lead} {verdicts[told]}"
+    elsewhere = next(place for place in shown.places if place.suite == "vlm")
+    assert charts.verdict_at(shown, "mrss", elsewhere) == ""
+
+
 def test_a_photograph_stands_with_the_third_answer_and_on_the_poster(tables, tmp_path):
     root = shutil.copytree(tables, tmp_path / "copy")
     without = len(poster.draw(report.collect(root)).axes)

@@ -5,6 +5,7 @@ come from rcParams, so that the same chart suits a wall and a phone."""
 
 import re
 import struct
+import textwrap
 import warnings
 import zlib
 
@@ -185,7 +186,7 @@ def layers(axes, place):
     return lines(axes, series, "length", dict(zip(names.values(), (PROPOSED, OURS, GREY), strict=True)))
 
 
-NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, ÷ Σc",
+NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, averaged",
          "smaller_input": "smaller image", "vtp": "original rule"}
 HIGHLIGHTS = {"ours": OURS, "ToMe": RIVAL, "original rule": PROPOSED}
 
@@ -230,15 +231,16 @@ def clock(axes, place):
     return pd.DataFrame([row for _, row in found])
 
 
-# the README's three pictures: the finding they stand below, file in figures/report, title, chart, description
+# the README's three pictures: the finding they stand below, file in figures/report, title (the finding whose verdict it
+# ends with, and the words before it), chart, description
 HEADLINES = [
-    ("mrss", "rates.png", "Time of a forward pass", rates,
+    ("mrss", "rates.png", ("mrss", "Is MRSS faster?"), rates,
      "Time of a forward pass relative to the baseline with the same convolution, with 95 % intervals: MRSS as proposed, then the "
      "designs that split channels by rate. Left of the line is faster."),
-    ("scan_attention", "layers.png", "Time of a whole layer", layers,
+    ("scan_attention", "layers.png", ("scan_attention", "Mamba or attention?"), layers,
      "Milliseconds of a whole layer over the length of the sequence, each in its faster precision: attention, Mamba-2 written here, "
      "Mamba-2 of the transformers library with its faster chunk size, where it fits into memory."),
-    ("tokens_free", "tokens.png", "Answers that stay", tokens,
+    ("tokens_free", "tokens.png", ("tokens_half", "Answers that stay at half the compute:"), tokens,
      "Share of class-name answers that stay the same against the share of multiply-adds, for several ways to drop or merge "
      "tokens. The star is the whole encoder."),
 ]
@@ -260,11 +262,12 @@ def picture(title, chart, place, mark, alt):
     with matplotlib.rc_context(SMALL):
         figure = Figure(figsize=(7, 4.6), layout="constrained", dpi=100)
         axes = figure.add_subplot()
+        axes.set_title(title := textwrap.fill(title, 46), loc="left", fontweight="bold")
         table = drawn(chart, axes, place)
         if table is None:
             return None
         figure.supxlabel(footer(table, place.device), fontsize=8, color="#555555", x=0.99, ha="right")
-        axes.clear()  # again, now that the labels have their room
+        axes.clear()  # again, now that the labels and the title have their room
         axes.set_title(title, loc="left", fontweight="bold")
         chart(axes, place)
         return stamped(encode(figure, alt, dpi=120), mark)
@@ -277,12 +280,19 @@ def stamped(png, mark):
     return png[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end
 
 
+def verdict_at(report, key, place):
+    """The verdict that a finding has at a place: 'No: 1.8× slower'; '' where it has none."""
+    mine = report.findings[(report.findings["key"] == key) & (report.findings["place"] == place.path)]
+    return re.match(r"\*\*(.*?)\.?\*\*", mine["answer"].iloc[0])[1] if len(mine) else ""
+
+
 def headlines(report):
     """[(key, path, alt, PNG bytes)] of the README's pictures: of the first device (a GPU where there is one) that can."""
     drawn = []
-    for key, name, title, chart, alt in HEADLINES:
+    for key, name, (told, lead), chart, alt in HEADLINES:
         suite = next(iter(report.findings.loc[report.findings["key"] == key, "suite"]), None)
-        images = (picture(title, chart, place, report.mark, alt) for place in report.shown_places if place.suite == suite)
+        images = (picture(f"{lead} {verdict_at(report, told, place)}".strip(), chart, place, report.mark, alt)
+                  for place in report.shown_places if place.suite == suite)
         image = next((image for image in images if image), None)
         if image:
             drawn.append((key, report.root / "figures" / "report" / name, alt, image))

@@ -406,7 +406,7 @@ FINDINGS = [
         "tokens_half", REDUCTION, "How many answers stay at half the compute?", reduced("top1_agreement"),
         "On {image_set}, with {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers and {names} of those among "
         "ImageNet's names; ToMe {tome} and {tome_names}, the original rule (largest patch norm) {vtp} and {vtp_names}.",
-        limit=None, above="{short} of ten class names.",
+        limit=None, above="{short} among ten class names.",
         beside=dict(names=reduced("names_agreement"), tome=reduced("top1_agreement", "tome"), tome_names=reduced("names_agreement", "tome"),
                     vtp=reduced("top1_agreement", "vtp"), vtp_names=reduced("names_agreement", "vtp"))),
     Finding(
