@@ -109,24 +109,36 @@ class DynamicBlock(Stepwise):
         self.block, self.router, self.target, self.choose = block, Router(width), target, choose
         self.loss = self.share = None
 
-    def route(self, x, last=None, t=0):
+    def route(self, x, last=None):
         """(p, chosen), both (B, T), each from tokens up to its own; the first of all is always chosen."""
-        if self.choose == "learned":
-            p = self.router(x, last)
-            return p, p >= self.threshold
-        chosen = torch.arange(t, t + x.shape[1], device=x.device) % round(1 / self.target) == 0
-        return chosen.expand(x.shape[:2]).to(x), chosen.expand(x.shape[:2])
+        p = self.router(x, last)
+        return p, p >= self.threshold
 
     def forward(self, x, state=None):
         inner, last, held, t = state or (None, None, x.new_zeros(len(x), 1, x.shape[2]), 0)
-        p, chosen = self.route(x, last, t)
+        y, inner = self.at_choice(x, inner, last, held) if self.choose == "learned" else self.at_stride(x, inner, held, t)
+        return y, (inner, x[:, -1:].clone(), y[:, -1:].clone(), t + x.shape[1])
+
+    def at_stride(self, x, inner, held, t):
+        """(y, state of the block): a fixed stride needs no sorting."""
+        rate, length = round(1 / self.target), x.shape[1]
+        first = min(-t % rate, length)
+        y, slow = held.expand(-1, first, -1), x[:, first::rate]
+        self.share = slow.shape[1] / length
+        if slow.shape[1]:
+            out, inner = self.block(slow, inner)
+            y = torch.cat([y, hold(out, rate, length - first)], 1)
+        return y, inner
+
+    def at_choice(self, x, inner, last, held):
+        """(y, state of the block): the chosen tokens side by side, their outputs smoothed and put back."""
+        p, chosen = self.route(x, last)
         self.share, self.loss, counts = chosen.float().mean().detach(), ratio_loss(p, chosen, self.target), chosen.sum(1)
         order = torch.argsort(~chosen, dim=1, stable=True)[:, :int(counts.max())]  # chosen tokens first, in their order
         pick, y = lambda v, index: v.gather(1, index[..., None].expand(-1, -1, v.shape[-1])), held
         if order.shape[1]:
             y, inner = self.block(pick(x, order), inner, lengths=counts)
-            y = running_average(y, p.gather(1, order), held) if self.choose == "learned" else y
-            y = torch.cat([held, y], 1)
+            y = torch.cat([held, running_average(y, p.gather(1, order), held)], 1)
         y = pick(y, chosen.cumsum(1))  # the latest chosen output, or what was held before
         confidence = torch.where(chosen, p, 1 - p)[..., None]
-        return y * (confidence + (1 - confidence).detach()), (inner, x[:, -1:].clone(), y[:, -1:].clone(), t + x.shape[1])
+        return y * (confidence + (1 - confidence).detach()), inner

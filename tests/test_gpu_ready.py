@@ -77,7 +77,7 @@ SCANS = {
     "Mamba-2": lambda: (Mamba2Block(16, 4, 8), [sample()]),
     "attention": lambda: (AttentionLayer(16, 4), [sample()]),
     "several rates": lambda: (MultiRateBlock(16, 4, 8, 8, 2, 4), [sample()]),
-    "every 4th token": lambda: (DynamicBlock(16, Mamba2Block(16, 4, 8), choose="stride").route, [sample()]),
+    "every 4th token": lambda: (DynamicBlock(16, Mamba2Block(16, 4, 8), choose="stride"), [sample()]),
     "Mamba, a step": lambda: (steps_of(MambaBlock(16)), [sample()]),
     "Mamba-2, a step": lambda: (steps_of(Mamba2Block(16, 4, 8)), [sample()]),
 }

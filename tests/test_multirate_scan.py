@@ -185,7 +185,7 @@ def test_router_measures_the_change_from_the_token_before():
 def test_a_router_that_chooses_all_changes_nothing_but_the_average():
     inner = Mamba2Block(16, 4, 8)
     block, x = DynamicBlock(16, inner, 0.25), torch.randn(2, 20, 16)
-    block.route = lambda x, last, t: (torch.ones(x.shape[:2]), torch.ones(x.shape[:2], dtype=torch.bool))
+    block.route = lambda x, last: (torch.ones(x.shape[:2]), torch.ones(x.shape[:2], dtype=torch.bool))
     close(block(x)[0], inner(x)[0], 1e-2)  # p is held below 1 by 1e-4
     assert float(block.share) == 1
 

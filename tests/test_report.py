@@ -196,14 +196,14 @@ def test_findings_come_from_rows_and_missing_rows_give_none(world):
 
 
 EXPECTED = dict(
-    mrss=(1.5, "**No: 1.5× slower.**"), split=(3, "**Yes: 3.0× as fast.**"), split_error=(3, "**3.0× the error.**"),
+    mrss=(1.5, "**No: 1.5× the time.**"), split=(3, "**Yes: 3.0× as fast.**"), split_error=(3, "**3.0× the error.**"),
     signals=(0.5, "**Better on a smooth one: 0.50× the error.**"), modalities=(0.8, "**Yes: 0.80× the error.**"),
-    scan_attention=(8, "**Mamba-2 from 512 tokens on, attention up to 256.**"),
+    scan_attention=(8, "**Our Mamba-2 from 512 tokens on, attention up to 256.**"),
     scan_decode=(8, "**Yes, from 256 tokens on, the smallest number measured.**"), scan_library=(2, "**Yes: 2.0× as fast as the next.**"),
     multirate_error=(2, "**Not for free: 2.0× the errors.**"), router=(3, "**No: 3.0× the errors.**"), distil_decode=(5, "**Yes, if the kernel is one: 5.0× as fast.**"),
     distil_error=(0.2002, "**Not within one per cent: 20.0 % output error.**"), vision_speed=(2, "**At 4096 patches: 2.0× as fast.**"), vision_error=(2, "**No: 2.0× the errors.**"),
     scan_clip=(0.9, "**Not closely: cosine 0.90.**"), original=(-0.05, "**No: 5.0 points lost.** On enlarged CIFAR-10 images, with 68 %"),
-    merging=(0.95, "**Cosine 0.95.** On enlarged CIFAR-10 images, with 49 %"), tokens_free=(0, "**Three tenths of the compute: less than one point lost.**"), tokens_half=(0.94, "keeps 94.0 % (93.5–94.5)"),
+    merging=(0.95, "**Cosine 0.95.** On enlarged CIFAR-10 images, with 49 %"), tokens_free=(0, "**Three tenths of the compute can go: less than one point lost.**"), tokens_half=(0.94, "keeps 94.0 % (93.5–94.5)"),
     tokens_tome=(0.04, "**Yes: 4.0 points more answers stay.**"), photos=(0.1, "**Yes: 10.0 points more than ToMe.** On photographs, with 49 %"), tokens_time=(1.6, "**Yes: 1.6× as fast.**"),
     tokens_input=(-0.15, "**No: 15.0 points fewer"), scaling=(2, "**2.0× as fast.**"), crossing=(4000, "**Not at the 197 tokens of its images.**"),
     hardware=(2, "**bfloat16: 2.0× as fast.** With all tokens and 8 images at a time"), qwen=(1.5, "**Not behind the vision tower: inside it 1.5× as fast.** With a quarter"),
@@ -241,7 +241,7 @@ def test_what_is_beside_a_finding_may_be_missing(tables):
     finding = next(f for f in FINDINGS if f.key == "mrss")
     partly = Finding(**(vars(finding) | dict(beside={})))
     (row,) = findings.collect(reading.find_places(tables)[0], [partly])
-    assert row["more"] == "" and row["answer"].startswith("**No: 1.5× slower.**")
+    assert row["more"] == "" and row["answer"].startswith("**No: 1.5× the time.**")
 
 
 def test_an_ambiguous_selection_is_told(tables):
@@ -426,7 +426,7 @@ def lines_and_rows(name, body, root):
     kept = ["value", "low", "high", "n", "n_of", "source", "words", "question"]
     if name == "findings":
         rows = [line for line in lines if line.startswith("- ")]
-        behind = pd.concat([mine for _, mine in found.groupby("place", sort=False)]) if len(found) else found
+        behind = pd.concat([mine for _, mine in found.groupby("suite", sort=False)]) if len(found) else found
         return [(line, row[kept].tolist(), row["unit"] in ("%", "points")) for line, (_, row) in zip(rows, behind.iterrows(), strict=True)]
     if name == "answers":
         keys = [key for key, *_ in report.collect(root).headlines]
@@ -493,8 +493,8 @@ def test_what_is_a_number():
 def test_readme_blocks_are_filled_and_prose_is_kept(world):
     words = (world / "README.md").read_text()
     assert words.startswith("# Title\n\nWords.") and words.endswith("More words.\n")
-    assert "**Sequence models** on Tesla T4:" in words and "- *Is fast faster?* **Yes: 0.33× the time.**" in words
-    assert " [25 rounds in 2 runs]\n" in words and "[ssm_demo](results/ssm/tesla-t4/ssm_demo.ipynb)" in words
+    assert "**Sequence models** on Tesla T4" in words and "- *Is fast faster?* **Yes: 0.33× the time.**" in words
+    assert " [25 rounds in 2 runs]\n" in words and " · 25 rounds in 2 runs]\n" in words and "[ssm_demo](results/ssm/tesla-t4/ssm_demo.ipynb)" in words
     assert "File → Upload notebook" in words and "colab-badge" not in words
     for target in re.findall(r"\]\(([^)]+)\)", words):
         assert target.startswith("https://") or target in ("ssm", "vlm") or (world / target).exists(), target
@@ -521,7 +521,7 @@ def test_the_three_answers_have_pictures_of_the_tables(tables, tmp_path):
     for picture in pictures:
         assert f'<img src="figures/report/{picture.name}" width="640" alt="{reading.alt_text(picture)}">' in words
         assert picture.stat().st_size < 60_000
-    assert words.count("\n### ") == 3 and "### Is MRSS, a layer at two rates, faster than its baseline?\n\n**No: 1.5× slower.**" in words
+    assert words.count("\n### ") == 3 and "### Is MRSS, a layer at two rates, faster than its baseline?\n\n**No: 1.5× the time.**" in words
     assert unbacked(root) == []
     (root / "results/ssm/tesla-t4/mrss_proxy_results.csv").unlink()
     assert "rates.png" not in text.answers_block(report.collect(root))
@@ -532,9 +532,9 @@ def test_a_headline_picture_is_titled_by_its_verdict(tables, monkeypatch):
     monkeypatch.setattr(charts, "picture", lambda title, *rest: titles.append(title) or draw(title, *rest))
     shown = report.collect(tables)
     verdicts = shown.findings.drop_duplicates("key").set_index("key")["answer"].str.extract(r"\*\*(.*?)\.?\*\*")[0]
-    assert "Is MRSS faster? No: 1.5× slower" in titles
-    for (_, _, (told, lead), *_), title in zip(charts.HEADLINES, titles, strict=True):
-        assert title == f"{lead} {verdicts[told]}"
+    assert "Is MRSS faster? No: 1.5× the time" in titles
+    for (key, _, question, *_), title in zip(charts.HEADLINES, titles, strict=True):
+        assert title == f"{question} {verdicts[key]}"
     elsewhere = next(place for place in shown.places if place.suite == "vlm")
     assert charts.verdict_at(shown, "mrss", elsewhere) == ""
 

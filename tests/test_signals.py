@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from effarch.bench import signals
-from effarch.bench.signals import PARTS, SIGNALS, SLOTS, SYMBOLS, learn_signal, missing
+from effarch.bench.signals import PARTS, SIGNALS, SLOTS, SYMBOLS, learn_signal, missing, trivial_errors
 
 torch.set_num_threads(1)
 LENGTH = 64
@@ -223,6 +223,15 @@ def test_a_diverged_training_is_no_number():
             return self.project(x) * float("nan")
 
     assert math.isnan(learn_signal("text", Broken, Sum, 0, 1, 1e-2, LENGTH, dim=8, n=4)["text"])
+
+
+def test_trivial_errors_are_those_of_the_answer_zero():
+    assert trivial_errors("text", 0, 64, n=20) == {"text": pytest.approx(7)}  # bits of one in 128 symbols
+    found = trivial_errors("pair", 0, 64, n=20)
+    assert found["pair: digit"] == pytest.approx(math.log2(10)) and found["pair: text"] == pytest.approx(7)
+    signal = SIGNALS["terrain"](torch.Generator().manual_seed(1003), 64)
+    (rises,) = signal.draw("test", 16, torch.Generator().manual_seed(3003))[1]
+    assert trivial_errors("terrain", 3, 64, n=16)["terrain"] == pytest.approx(float(rises.square().mean()), rel=1e-5)
 
 
 def test_what_is_not_there_is_named():

@@ -23,6 +23,12 @@ class Estimate(NamedTuple):
         """The Estimate of 1 / value, as of a speed-up from a ratio of times."""
         return Estimate(1 / self.value, 1 / self.high, 1 / self.low)
 
+    def __str__(self):
+        """'1.82 [1.72, 1.98]', for titles and what cells print; 'not measured' without a value."""
+        if math.isnan(self.value):
+            return "not measured"
+        return f"{self.value:.2f}" + ("" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]")
+
 
 def decide(estimate, above=None, below=None, between=None):
     """True, False or None (undecided): does the whole interval lie above / below a limit, or between two?

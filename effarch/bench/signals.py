@@ -107,7 +107,7 @@ def view(generator, lines=280, samples=300):
 def terrain(generator, length, ahead=(1, 10, 100)):
     """How much higher is it 1, 10 and 100 samples on? Elevations are read line by line, of a piece and from a side that are drawn.
 
-    Error: mean squared one over that of 'nothing changes', the mean of the three."""
+    Error: mean squared one over that of 'nothing changes' in the training part, the mean of the three."""
     parts = {part: lines.flatten() for part, lines in in_turn(view(generator)).items()}
     seen, furthest = parts["train"], max(ahead)
     scale = [float((seen[step:] - seen[:-step]).square().mean().sqrt()) for step in ahead]
@@ -165,7 +165,8 @@ def airport_days():
 def airport(generator, length, months=12):
     """How late are the departures of the next hour? From those of each slot, and from each hour's weather, held.
 
-    A month belongs to one part. Error: mean squared one, weighted by departures, over that of 'as in the last hour'."""
+    A month belongs to one part. Error: mean squared one, weighted by departures, over that of 'as in the last hour'
+    in the training part."""
     flights, weather = airport_days()
     both = torch.cat([flights, weather.repeat_interleave(SLOTS, 1)], -1)
     size = both.shape[1] // months
@@ -236,10 +237,22 @@ def learn_signal(name, make, embed, seed, steps, rate, length, dim=64, batch=8, 
     network, order = Network(make, dim, signal.outputs, embed(signal.sizes, dim)).to(device), torch.Generator().manual_seed(2000 + seed)
     put = lambda pair: [tuple(t.to(device) for t in part) for part in pair]
     train(network, lambda: put(signal.draw("train", batch, order)), signal.loss, steps, rate)
+    return tested(signal, network, seed, part, n, put)
+
+
+@torch.inference_mode()
+def tested(signal, network, seed, part="test", n=128, put=lambda pair: pair):
+    """{error's name: value} of a network on n sequences of a part, which the seed alone fixes. put: moves (x, y) to its device."""
     sums, questions = {}, torch.Generator().manual_seed(3000 + seed)
-    with torch.inference_mode():
-        for some in torch.arange(n).split(16):
-            x, y = put(signal.draw(part, len(some), questions))
-            for key, both in signal.errors(network(x), y).items():
-                sums.setdefault(key, []).append(torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in both]))
+    for some in torch.arange(n).split(16):
+        x, y = put(signal.draw(part, len(some), questions))
+        for key, both in signal.errors(network(x), y).items():
+            sums.setdefault(key, []).append(torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in both]))
     return {key: float(total / weight) for key, (total, weight) in ((k, torch.stack(v).sum(0)) for k, v in sums.items())}
+
+
+def trivial_errors(name, seed, length, part="test", n=128):
+    """What `learn_signal` gives for a network that answers 0 everywhere: all symbols as likely, nothing rises, lateness as usual."""
+    check(name in SIGNALS, "name", name, ", ".join(SIGNALS))
+    signal = SIGNALS[name](torch.Generator().manual_seed(1000 + seed), length)
+    return tested(signal, lambda x: torch.zeros(*x[0].shape[:2], signal.outputs), seed, part, n)

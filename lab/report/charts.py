@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL, encode, series_style
+from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL, encode, interval_bars, series_style
 from lab.report.findings import BASELINE, find, original
 from lab.report.select import Missing, Times, rows
 
@@ -48,7 +48,7 @@ def footer(table, device):
     row = table.iloc[0]
     counted = next((c for c in ("n_pictures", "n_images", "n_runs") if c in table and table[c].notna().any()), None)
     weights = [] if pd.isna(row.get("weights")) else [row["weights"]]
-    facts = [device, *weights, row["dtype"], f"torch {row['torch']}"]
+    facts = [device, *weights, " and ".join(sorted(set(table["dtype"]), reverse=True)), f"torch {row['torch']}"]
     if counted:
         low, high = int(table[counted].min()), int(table[counted].max())
         facts.append(f"{low if low == high else f'{low} to {high}'} {dict(n_runs='rounds').get(counted, counted.removeprefix('n_'))}")
@@ -144,15 +144,15 @@ def rates(axes, place):
         raise Missing("designs")
     bars(axes, list(found), *([getattr(e, part) for e in found.values()] for part in ("value", "low", "high")),
          lambda v: f"{v:.2f}×", line=1, colours=[PROPOSED if label.startswith("MRSS") else OURS for label in found])
-    axes.set(xlabel="time, × the baseline's")
+    axes.set(xlabel="time, × the baseline with that convolution")
     axes.set_xlim(0, max(e.high for e in found.values()) * 1.25)
     return table[table["experiment"].isin(["original", "designs"])]
 
 
 def lengths_axis(axes, lengths, label):
-    """A logarithmic axis of lengths, at most five of them named."""
+    """A logarithmic axis of lengths, at most seven of them named."""
     lengths = sorted(lengths)
-    lengths = lengths[::-1][::max(1, -(-len(lengths) // 5))][::-1]
+    lengths = lengths[::-1][::max(1, -(-len(lengths) // 7))][::-1]
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds")
     axes.set_xticks(lengths, [f"{t // 1024:.0f}k" if t >= 1024 else f"{t:.0f}" for t in lengths])
     axes.minorticks_off()
@@ -192,23 +192,23 @@ HIGHLIGHTS = {"ours": OURS, "ToMe": RIVAL, "original rule": PROPOSED}
 
 
 def tokens(axes, place):
-    """Agreement with the whole encoder over the share of its multiply-adds; three methods stand out."""
-    table = place.table("token_reduction_methods")
-    if "top1_agreement" not in table:
-        raise Missing("top1_agreement")
-    series = named(table.dropna(subset=["top1_agreement"]), "method", NAMES)
+    """Change of accuracy over the share of the whole encoder's multiply-adds; three methods stand out."""
+    table, column = place.table("token_reduction_methods"), "accuracy_minus_dense"
+    if column not in table:
+        raise Missing(column)
+    series = named(table.dropna(subset=[column]), "method", NAMES)
     names = []
     for i, (label, part) in enumerate(series):
         part, colour = part.sort_values("macs_share"), HIGHLIGHTS.get(label, GREY)
-        x, y = 100 * part["macs_share"], 100 * part["top1_agreement"]
-        spread = [(y - 100 * part["top1_agreement_low"]).clip(lower=0), (100 * part["top1_agreement_high"] - y).clip(lower=0)]
+        x, y = 100 * part["macs_share"], 100 * part[column]
+        spread = [100 * ends for ends in interval_bars(part, column)]
         style = series_style(i) | dict(color=colour, zorder=3 if label in HIGHLIGHTS else 2)
         axes.errorbar(x, y, yerr=spread, elinewidth=text_size() / 12, capsize=text_size() / 5, **style)
         names.append((x.iloc[0], y.iloc[0], label, colour))
-    axes.plot(100, 100, "k*", markersize=0.9 * text_size(), linestyle="none")
+    axes.plot(100, 0, "k*", markersize=0.9 * text_size(), linestyle="none")
     left = min(x for x, *_ in names) - 1
     room = name_share(axes, [label for label, _ in series])
-    axes.set(xlabel="multiply-adds, % of the whole encoder", ylabel="same answers, %", xlim=(left - (102 - left) * room / (1 - room), 102))
+    axes.set(xlabel="multiply-adds left, %", ylabel="accuracy, change in points", xlim=(left - (102 - left) * room / (1 - room), 102))
     ticks = [t for t in range(10, 101, 10) if t >= left - 5]
     axes.set_xticks(ticks[::-1][::2][::-1] if len(ticks) > 5 else ticks)
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -231,17 +231,17 @@ def clock(axes, place):
     return pd.DataFrame([row for _, row in found])
 
 
-# the README's three pictures: the finding they stand below, file in figures/report, title (the finding whose verdict it
-# ends with, and the words before it), chart, description
+# the README's three pictures: the finding they stand below, file in figures/report, a short question (the title, with the
+# finding's verdict), chart, description
 HEADLINES = [
-    ("mrss", "rates.png", ("mrss", "Is MRSS faster?"), rates,
+    ("mrss", "rates.png", "Is MRSS faster?", rates,
      "Time of a forward pass relative to the baseline with the same convolution, with 95 % intervals: MRSS as proposed, then the "
      "designs that split channels by rate. Left of the line is faster."),
-    ("scan_attention", "layers.png", ("scan_attention", "Mamba or attention?"), layers,
+    ("scan_attention", "layers.png", "Mamba or attention?", layers,
      "Milliseconds of a whole layer over the length of the sequence, each in its faster precision: attention, Mamba-2 written here, "
      "Mamba-2 of the transformers library with its faster chunk size, where it fits into memory."),
-    ("tokens_free", "tokens.png", ("tokens_half", "Answers that stay at half the compute:"), tokens,
-     "Share of class-name answers that stay the same against the share of multiply-adds, for several ways to drop or merge "
+    ("tokens_free", "tokens.png", "Tokens to spare?", tokens,
+     "Change of class-name accuracy against the share of multiply-adds that is left, for several ways to drop or merge "
      "tokens. The star is the whole encoder."),
 ]
 
@@ -281,7 +281,7 @@ def stamped(png, mark):
 
 
 def verdict_at(report, key, place):
-    """The verdict that a finding has at a place: 'No: 1.8× slower'; '' where it has none."""
+    """The verdict that a finding has at a place: 'No: 1.8× the time'; '' where it has none."""
     mine = report.findings[(report.findings["key"] == key) & (report.findings["place"] == place.path)]
     return re.match(r"\*\*(.*?)\.?\*\*", mine["answer"].iloc[0])[1] if len(mine) else ""
 
@@ -289,9 +289,9 @@ def verdict_at(report, key, place):
 def headlines(report):
     """[(key, path, alt, PNG bytes)] of the README's pictures: of the first device (a GPU where there is one) that can."""
     drawn = []
-    for key, name, (told, lead), chart, alt in HEADLINES:
+    for key, name, question, chart, alt in HEADLINES:
         suite = next(iter(report.findings.loc[report.findings["key"] == key, "suite"]), None)
-        images = (picture(f"{lead} {verdict_at(report, told, place)}".strip(), chart, place, report.mark, alt)
+        images = (picture(f"{question} {verdict_at(report, key, place)}".strip(), chart, place, report.mark, alt)
                   for place in report.shown_places if place.suite == suite)
         image = next((image for image in images if image), None)
         if image:

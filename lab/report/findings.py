@@ -277,8 +277,8 @@ def prompt_speed(where):
 FINDINGS = [
     Finding(
         "mrss", MRSS, "Is MRSS, a layer at two rates, faster than its baseline?", original("MRSS r=4", " (stock conv)"),
-        "As proposed, with the second branch at every fourth step (the original's best), it takes {value} the baseline's time.",
-        below="Yes: {short} the time.", above="No: {short} slower.",
+        "As proposed, with the second branch at every fourth step (the original's best), it takes {value} the time of its baseline, the same layer without that branch.",
+        below="Yes: {short} the time.", above="No: {short} the time.",
         more="With a faster convolution in both: {fast}.", beside=dict(fast=original("MRSS r=4"))),
     Finding(
         "split", MRSS, "Is a layer with its channels split by rate faster than the full one?", design_speed(SPLIT),
@@ -299,9 +299,10 @@ FINDINGS = [
     Finding(
         "signals", SIGNALS, "And on signals that nobody made for it?", signal_error("terrain"),
         "On the heights of a terrain, SplitMRSS with seven eighths of its channels slow has {value} the baseline's error, on text (the next byte of a library's source) "
-        "{text}. Against the control of equal compute and equal receptive field: {land} and {letters}.",
+        "{text}. Against a low-rank mixing of as much compute and as long a memory: {land} and {letters}; with twice its rank, {land8} and {letters8}.",
         below="Better on a smooth one: {short} the error.", above="{short} the error.",
-        beside=dict(text=signal_error("text"), land=signal_error("terrain", other="Dilated LowRank D/16"), letters=signal_error("text", other="Dilated LowRank D/16"))),
+        beside=dict(text=signal_error("text"), land=signal_error("terrain", other="Dilated LowRank D/16"), letters=signal_error("text", other="Dilated LowRank D/16"),
+                    land8=signal_error("terrain", other="Dilated LowRank D/8"), letters8=signal_error("text", other="Dilated LowRank D/8"))),
     Finding(
         "modalities", SIGNALS, "Should a slow modality be given the slow channels?",
         signal_error("airport", "SplitMRSS α=0.5, aligned", "SplitMRSS α=0.5, swapped"),
@@ -311,20 +312,20 @@ FINDINGS = [
         beside=dict(full=signal_error("airport", "SplitMRSS α=0.5, aligned", "Dilated twin α=0.5, aligned"))),
     Finding(
         "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION),
-        "At {length} tokens a whole Mamba-2 layer is {value} as fast as an attention layer, each in its faster precision, and {early} "
-        "at {early_length}.",
-        below="Attention, up to {length} tokens.", above="Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
+        "At {length} tokens a whole Mamba-2 layer, with the scan written here, is {value} as fast as an attention layer, each in its faster precision; at {early_length} "
+        "attention is {early} as fast.",
+        below="Attention, up to {length} tokens.", above="Our Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
         more="Width {size_width}, {size_states} states, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
              "MLP here. With 64 states Mamba-2 leads {few_told}.",
-        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(ATTENTION, min),
+        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=Times("scan_layers", MAMBA2, ATTENTION, dict(length=min)),
                     size=Times("scan_layers", ATTENTION, MAMBA2, dict(length=max), words=("width", "states", "params_over_attention")),
                     few=Start("scan_layers", ATTENTION, FEW_STATES, "length", "attention"))),
     Finding(
         "scan_decode", LAYERS, "Does a state decode faster than a cache?", decode_speed(),
-        "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer, and {early} after {early_context}.",
+        "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer; after {early_context} attention decodes {early} as fast.",
         below="No, up to {context} tokens.", above="Yes, {start_told}.",
         beside=dict(start=Start("scan_decode", ATTENTION, dict(variant="Mamba-2"), "context", "attention"),
-                    early=decode_speed(min))),
+                    early=Times("scan_decode", dict(variant="Mamba-2"), ATTENTION, dict(context=min)))),
     Finding(
         "scan_library", SCAN, "Is our scan the fastest in PyTorch?", scan_form(),
         "Mamba-2's scan of {length} tokens with {states} states is {value} as fast as the four sums of its paper, written plainly, with their best chunk "
@@ -396,9 +397,9 @@ FINDINGS = [
         beside=dict(tome=feature_kept("tome"), vtp=feature_kept("vtp"))),
     Finding(
         "tokens_free", REDUCTION, "How many tokens can go without losing accuracy?", reduced("accuracy_minus_dense", budget=0.7, unit="points"),
-        "On {image_set}, merging similar tokens our way with {macs_share:.0%} of the multiply-adds changes class-name accuracy by {value}, and that of "
-        "ImageNet's own names by {clean}.",
-        limit=-0.01, below="Fewer: {short} lost.", above="Three tenths of the compute: less than one point lost.",
+        "On {image_set}, merging similar tokens our way until {macs_share:.0%} of the multiply-adds are left changes class-name accuracy by {value}; with the "
+        "ImageNet names that belong to each class instead, by {clean}.",
+        limit=-0.01, below="Fewer: {short} lost.", above="Three tenths of the compute can go: less than one point lost.",
         more="{agreement} of the answers stay. At {half_macs_share:.0%} the change is {half}.",
         beside=dict(clean=reduced("zero_shot_accuracy_minus_dense", budget=0.7, unit="points"), agreement=reduced("top1_agreement", budget=0.7),
                     half=reduced("accuracy_minus_dense", unit="points"))),

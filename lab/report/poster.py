@@ -25,7 +25,7 @@ REFERENCES = ("References: Mamba, Gu & Dao, arXiv:2312.00752 · Mamba-2 (SSD), D
 CHARTS = [("ssm", "What runs when: channels over time", charts.designs),
           ("ssm", "Several rates: time relative to the baseline", charts.rates),
           ("ssm", "A Mamba-2 layer against attention: time over length", charts.layers),
-          ("vlm", "Fewer tokens: answers kept over compute", charts.tokens),
+          ("vlm", "Fewer tokens: accuracy over compute", charts.tokens),
           ("vlm", "Half the multiply-adds: time of the whole encoder", charts.clock)]
 ANSWERS = [key for key, *_ in charts.HEADLINES]
 VERDICT_COLOURS = [PALETTE[2], PALETTE[1], PALETTE[4], "#9aa4ae"]

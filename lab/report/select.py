@@ -47,6 +47,11 @@ class Place:
         return f"{self.suite}/{self.name}"
 
     @property
+    def gpu(self):
+        """Whether it is a GPU's."""
+        return not self.slug.startswith("cpu-")
+
+    @property
     def quick(self):
         """Whether these are first looks, which are shown only where nothing is published."""
         return self.slug.endswith("-quick")

@@ -3,6 +3,7 @@
 import math
 import re
 import tomllib
+from collections import Counter
 
 import pandas as pd
 
@@ -160,11 +161,13 @@ def answers_block(report):
         if len(found):
             row, link = found.iloc[0], path.relative_to(report.root).as_posix()
             facts = " · ".join(filter(None, [where(row), repetitions(row)]))
-            parts.append(f"### {row['question']}\n\n{row['answer']} <sub>{facts}</sub>\n\n{image(link, alt)}")
+            parts.append(f"### {row['question']}\n\n{row['answer']}<br><sub>{facts}</sub>\n\n{image(link, alt)}")
             if key == PICTURED[0] and (shown := photograph(report)):
                 parts.append(image(shown["path"].relative_to(report.root).as_posix(), shown["alt"]))
-    note = ["In parentheses: 95 % intervals."] if parts else ["No run has finished here yet: `./run_all.sh` draws the pictures."]
-    return "\n\n".join(parts + note)
+    if not parts:
+        return "No run has finished here yet: `./run_all.sh` draws the pictures."
+    note = "In parentheses: 95 % intervals. A *round* times everything that is compared, in turn."
+    return "\n\n".join([note if any(place.gpu for place in report.shown_places) else f"Measured on CPUs so far. {note}", *parts])
 
 
 def image(link, alt):
@@ -178,14 +181,17 @@ def photograph(report):
 
 
 def findings_block(report):
-    """The findings, one line a question; a list for each device and checkpoint."""
+    """The findings, one line a question; a list for each suite, headed by where most of it was measured."""
     if report.findings.empty:
         return "No run has finished here yet: `./run_all.sh` fills this list."
     parts = []
-    for place, mine in report.findings.groupby("place", sort=False):
-        lines = [f"- *{row['question']}* {row['answer']}" + (f" [{counted}]" if (counted := repetitions(row)) else "")
-                 for row in mine.to_dict("records")]
-        parts.append(f"**{SUITES[place.split('/')[0]]}** on {where(mine.iloc[0])}:\n\n" + "\n".join(lines))
+    for suite, mine in report.findings.groupby("suite", sort=False):
+        rows = mine.to_dict("records")
+        most = Counter(map(where, rows)).most_common(1)[0][0]
+        facts = [" · ".join(filter(None, ["" if where(row) == most else where(row), repetitions(row)])) for row in rows]
+        lines = [f"- *{row['question']}* {row['answer']}" + (f" [{told}]" if told else "") for row, told in zip(rows, facts, strict=True)]
+        other = "" if all(where(row) == most for row in rows) else ", where a line does not name another"
+        parts.append(f"**{SUITES[suite]}** on {most}{other}:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
