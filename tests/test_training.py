@@ -45,12 +45,13 @@ def test_averaging_task_is_the_recurrence():
 
 
 def test_digits_are_split_without_overlap_and_by_seed_only():
-    (x, y), (test_x, test_y) = digit_sequences(torch.Generator().manual_seed(3))
+    (x, y), (test_x, test_y), (aside_x, aside_y) = digit_sequences(torch.Generator().manual_seed(3))
     again = digit_sequences(torch.Generator().manual_seed(3))[1]
-    assert len(x) + len(test_x) == 1797 and x.shape[1:] == (64, 1) and 0 <= x.min() and x.max() == 1
+    assert len(x) + len(test_x) + len(aside_x) == 1797 and len(aside_x) == 359 and x.shape[1:] == (64, 1) and 0 <= x.min() and x.max() == 1
     assert torch.equal(test_x, again[0]) and torch.equal(test_y, again[1])
     assert not torch.equal(test_y, digit_sequences(torch.Generator().manual_seed(4))[1][1])
-    assert torch.cat([y, test_y]).bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert torch.equal(aside_x, digit_sequences(torch.Generator().manual_seed(4))[2][0])
+    assert torch.cat([y, test_y, aside_y]).bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -33,13 +33,17 @@ def digits():
 
 
 def digit_sequences(generator):
-    """scikit-learn's 8 × 8 digits, read pixel by pixel: ((x, labels) to train on, (x, labels) of a quarter to test on).
+    """scikit-learn's 8 × 8 digits, read pixel by pixel: (x, labels) to train on, of a quarter to test on, and to choose settings by.
 
-    x: (N, 64, 1), from 0 to 1; labels: (N,). generator: decides which quarter."""
+    x: (N, 64, 1), from 0 to 1; labels: (N,). generator: decides which quarter. The fifth to choose by is always the same, so that it
+    is in no training and in no test."""
     images, labels = digits()
-    order = torch.randperm(len(labels), generator=generator)
-    x, y = images.float()[order, :, None] / 16, labels[order]
-    return (x[len(x) // 4 :], y[len(x) // 4 :]), (x[: len(x) // 4], y[: len(x) // 4])
+    x, y = images.float()[:, :, None] / 16, labels
+    fixed = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    aside, rest = fixed[: len(y) // 5], fixed[len(y) // 5 :]
+    rest = rest[torch.randperm(len(rest), generator=generator)]
+    parts = rest[len(rest) // 4 :], rest[: len(rest) // 4], aside
+    return tuple((x[part], y[part]) for part in parts)
 
 
 class Network(nn.Module):
@@ -79,17 +83,18 @@ def train(network, batches, loss, steps, rate=3e-3):
         schedule.step()
 
 
-def learn(task, make, seed, steps, length=1024, dim=64, device=None, rate=3e-3, test_seed=1):
+def learn(task, make, seed, steps, length=1024, dim=64, device=None, rate=3e-3, choosing=False):
     """Train one small network of layers `make(dim)` on a task and test it; returns columns of its row.
 
     task: a name in TASKS. The averaging tasks take sequences of `length` steps, 8 at a time, fresh ones each step; their
-    error is the mean squared one of 32 sequences that are the same for all with this test_seed. Digits take 32 a step and are answered
-    at the last step; their error is the share of wrong answers, with `wrong` of `n_test`. The same seed means the same
-    data and start for every layer. A diverged network has error NaN."""
+    error is the mean squared one of 32 sequences that are the same for all. Digits take 32 a step and are answered
+    at the last step; their error is the share of wrong answers, with `wrong` of `n_test`. choosing: test on other sequences and digits, on
+    which no result is tested. The same seed means the same data and start for every layer. A diverged network has error NaN."""
     check(task in TASKS, "task", task, ", ".join(TASKS))
     data = torch.Generator().manual_seed(1000 + seed)
     if task == "digits":
-        (x, y), test = digit_sequences(data)
+        (x, y), *tests = digit_sequences(data)
+        test = tests[choosing]
 
         def draw():
             pick = torch.randint(len(x), (32,), generator=data)
@@ -98,7 +103,7 @@ def learn(task, make, seed, steps, length=1024, dim=64, device=None, rate=3e-3, 
         outputs, loss = 10, lambda out, y: F.cross_entropy(out[:, -1], y)
     else:
         outputs, loss, taus = len(TASKS[task]), F.mse_loss, TASKS[task]
-        draw, test = lambda: averaging_task(8, length, taus, data), averaging_task(32, length, taus, torch.Generator().manual_seed(test_seed))
+        draw, test = lambda: averaging_task(8, length, taus, data), averaging_task(32, length, taus, torch.Generator().manual_seed(1 + choosing))
     torch.manual_seed(seed)
     network = Network(make, dim, outputs).to(device)
     train(network, lambda: [part.to(device) for part in draw()], loss, steps, rate)
