@@ -183,7 +183,7 @@ def layers(axes, place):
     series = [(label, part) for label, part in series if len(part)]
     if not series:
         raise Missing("layers")
-    return lines(axes, series, "length", dict(zip(names.values(), (PROPOSED, OURS, GREY), strict=True)))
+    return lines(axes, series, "length", dict(zip(names.values(), (RIVAL, OURS, GREY), strict=True)))
 
 
 NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, averaged",
