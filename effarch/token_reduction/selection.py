@@ -99,7 +99,7 @@ INPUT_SCORES = (*PICTURE_SCORES, "token norm", "token norm, lowest")  # those th
 
 
 BEFORE, SINGLE, SEVERAL, EVERY = PLACES = ("before the encoder", "one layer", "three layers", "every layer")
-RESTS = {"drop": "dropped", "fuse": "fused", "evit_published": "EViT", "evit": "EViT, ÷ Σc", "merge": "merged"}
+RESTS = {"drop": "dropped", "fuse": "fused", "evit_published": "EViT", "evit": "EViT, averaged", "merge": "merged"}
 
 
 def layers_of(place, depth):
