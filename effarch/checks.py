@@ -1,6 +1,7 @@
 """Bad input gets one line that names the parameter, its value and what is allowed."""
 
 import math
+import numbers
 
 
 def check(ok, name, value, allowed):
@@ -18,18 +19,18 @@ def verify(what, error, limit):
 
 def is_count(value, least=1):
     """True for a whole number (not a bool) of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value):
-    """True for a finite int or float (not a bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a finite int or float, also NumPy's (not a bool)."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(value, name, least=1):
     """ValueError unless `value` is a whole number of at least `least`; returns it."""
     check(is_count(value, least), name, value, f"a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def check_share(value, name, least=0.0, most=1.0, open_below=True):

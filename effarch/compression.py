@@ -149,7 +149,8 @@ def slice_units(model, kept, groups, values=None, moments=None):
     new = copy.deepcopy(model)
     layers, begin = tower_layers(new), 0
     for group, index in zip(groups, kept, strict=True):
-        check(len(index) > 0, f"kept {group.kind} of layer {group.layer}", index.tolist(), "at least one")
+        whole = index.dtype in (torch.int32, torch.int64) and len(index) > 0 and bool((index.diff() > 0).all()) and 0 <= int(index[0]) and int(index[-1]) < group.count
+        check(whole, f"kept {group.kind} of layer {group.layer}", index.tolist(), f"ascending numbers below {group.count}, at least one")
         layer, heads = layers[group.tower][group.layer], group.kind == "heads"
         owner, before, after = (layer.self_attn, ("q_proj", "k_proj", "v_proj"), "out_proj") if heads else (layer.mlp, ("fc1",), "fc2")
         size = owner.head_dim if heads else 1

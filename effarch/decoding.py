@@ -11,8 +11,8 @@ from effarch.checks import check
 
 def check_row(x, channels):
     """ValueError unless x holds one number for each channel: a batch of rows would be broadcast, or read as something else."""
-    if x.shape != (channels,):  # the words only then: a step takes microseconds
-        check(False, "x.shape", tuple(x.shape), f"({channels},), a number for each channel")
+    if x.shape != (channels,) or not x.is_floating_point():  # the words only then: a step takes microseconds
+        check(False, "x", (tuple(x.shape), x.dtype), f"({channels},), a floating-point number for each channel")
 
 
 class RingBuffer:

@@ -392,8 +392,15 @@ def prepare(kernel, method, unstable="mend", inputs=None):
 
 
 def smallest_rank(fit, largest, tolerance):
-    """The Distilled of the smallest rank with error ≤ tolerance, by bisection; ValueError if no rank is enough."""
-    best = high = fit(largest)
+    """The Distilled of the smallest rank with error ≤ tolerance, by bisection; ValueError if no rank is enough.
+
+    A state space's error need not fall with its rank: there all ranks are tried, the smallest first."""
+    best = fit(largest)
+    if best.method == "hankel":
+        forms = map(fit, range(1, largest + 1))
+        best = next((form for form in forms if form.error <= tolerance), None) or min(map(fit, range(1, largest + 1)), key=lambda form: form.error)
+        if best.error <= tolerance:
+            return best
     if best.error > tolerance:
         raise ValueError(f"tolerance={tolerance!r} is not allowed; allowed for method {best.method!r} on this kernel: "
                          f"at least {best.error:.3g}, reached at rank {best.rank}")

@@ -32,7 +32,8 @@ class Support:
             check(rows.dtype in (torch.float32, torch.float64), name, rows.dtype, "torch.float32 or torch.float64")
             longest = (rows.norm(dim=-1) - 1).abs().max() if len(rows) else torch.tensor(torch.nan)
             check(bool(longest < 1e-2), name, f"rows off length 1 by {longest:.2g}", "finite rows of length 1: normalise them")
-        check(y.shape == x.shape[:1] and not y.is_floating_point(), "labels", tuple(y.shape), f"({len(x)},) whole numbers")
+        check(y.shape == x.shape[:1] and not y.is_floating_point() and y.dtype != torch.bool, "labels", (tuple(y.shape), y.dtype), f"({len(x)},) whole numbers")
+        self.labels = y.long()
         check(bool((y >= 0).all() and (y < len(text)).all()), "labels", [int(y.min()), int(y.max())], f"0 to {len(text) - 1}")
         missing = [c for c, n in enumerate(self.counts().tolist()) if n == 0]
         check(not missing, "classes without a shot", missing[:5], "at least one labelled image of every class")

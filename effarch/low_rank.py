@@ -140,6 +140,7 @@ def low_rank_layers(model, moments, share, metric="whitened", places=tuple(PLACE
 class SlimAttention(nn.Module):
     """Attention of `heads` heads that may be thinner in queries and keys than in values; called like transformers' own."""
 
+    plain_attention = True  # for the encoder loop, which calls its parts
     def __init__(self, q_proj, k_proj, v_proj, out_proj, heads):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.heads = q_proj, k_proj, v_proj, out_proj, heads

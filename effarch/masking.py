@@ -56,9 +56,16 @@ class KeepPatches(Reducer):
     """Only the patches `kept` (B, K), numbers from 0, enter the tower; special tokens (CLS) always do."""
 
     def __init__(self, kept):
+        whole = isinstance(kept, torch.Tensor) and kept.dim() == 2 and kept.dtype in (torch.int32, torch.int64)
+        check(whole, "kept", getattr(kept, "dtype", type(kept).__name__), "a tensor (B, K) of whole numbers")
         self.kept = kept
 
     def at_input(self, tokens):
+        patches, images = tokens.x.shape[1] - tokens.prefix, len(tokens.x)
+        check(not images or len(self.kept) == images, "kept.shape", tuple(self.kept.shape), f"({images}, K), as many rows as images")
+        if self.kept.device.type == "cpu" and self.kept.numel():  # a GPU would have to wait for it
+            low, high = map(int, self.kept.aminmax())
+            check(0 <= low and high < patches, "kept", (low, high), f"numbers from 0 to {patches - 1}")
         front = torch.arange(tokens.prefix, device=tokens.x.device).expand(len(tokens.x), -1)
         drop(tokens, torch.cat([front, self.kept.to(tokens.x.device) + tokens.prefix], 1))
 
@@ -76,7 +83,7 @@ def processes():
 
 
 def gathered(rows):
-    """The rows (B, …) of all processes in the order of their ranks, (W · B, …); gradients flow back to each process's own."""
+    """The rows (B, …) of all processes in the order of their ranks, (W · B, …); gradients flow back to each process's own. B must be the same in all."""
     if processes()[1] == 1:
         return rows
     from torch.distributed.nn.functional import all_gather

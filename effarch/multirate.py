@@ -125,6 +125,7 @@ class DepthwiseCausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.randn(check_count(dim, "dim"), check_count(kernel, "kernel")) * 0.02)
 
     def forward(self, x):
+        check(x.dim() == 3 and x.shape[2] == len(self.weight) and x.is_floating_point(), "x", (tuple(x.shape), x.dtype), f"(B, T, {len(self.weight)}), floating-point numbers")
         return CONV_FORMS[self.form or FAST.get(x.device.type, "stock")](x, self.weight)
 
 

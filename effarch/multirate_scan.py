@@ -98,7 +98,7 @@ class DynamicBlock(Stepwise):
     """`block` on chosen tokens only: x (B, T, width) → (y, state). After a call, `share` and `loss` tell about the choice.
 
     block: a MambaBlock or Mamba2Block. choose: 'learned' (the router: tokens whose p reaches `threshold`) or 'stride'
-    (every 1/target-th). State: (of the block, the last token, the output that is held, tokens so far)."""
+    (every round(1/target)-th). State: (of the block, the last token, the output that is held, tokens so far)."""
 
     threshold = 0.5
 

@@ -42,6 +42,8 @@ class MultiHead(nn.Module):
 
     def forward(self, x, source, mask=None):
         """(B, N, width). mask: bool, True = may look, or float, added to the logits; (B, N, M) or (1, N, M)."""
+        fits = mask is None or mask.dim() == 3 and (mask.dtype == torch.bool or mask.is_floating_point())
+        check(fits, "mask", None if mask is None else (tuple(mask.shape), mask.dtype), "(B, N, M) or (1, N, M), bool or float")
         q, k, v = (split_heads(layer(y), self.heads) for layer, y in ((self.q, x), (self.k, source), (self.v, source)))
         return self.out(attend(q, k, v, None if mask is None else mask[:, None]).transpose(1, 2).flatten(2))
 

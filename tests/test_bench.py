@@ -31,6 +31,7 @@ from effarch.bench import (
     count,
     decide,
     fit_loglog,
+    half_type,
     listing,
     number,
     ratio_interval,
@@ -1001,3 +1002,42 @@ def test_every_statement_is_whole():
     texts = bench.statements()
     assert len(texts) > 30 and all(row["statement"] and row["quantity"] and row["suite"] in ("ssm", "vlm")
                                    for row in texts.values())
+
+
+def test_times_of_processes_are_told_apart_in_whatever_holds_them():
+    parts = np.random.default_rng(0).lognormal(0, 0.3, (2, 3, 10)) * np.array([1.0, 2.0, 4.0])[None, :, None]
+    right = ratio_interval(*(part.tolist() for part in parts))
+    for kind in (torch.tensor, lambda part: [pd.Series(row, index=range(5, 15)) for row in part], lambda part: iter(part.tolist()), tuple):
+        assert ratio_interval(*map(kind, parts)) == pytest.approx(right)
+    flat = [pd.Series(part[0], index=range(3, 13)) for part in parts]
+    assert ratio_interval(*flat) == pytest.approx(ratio_interval(*(part[0] for part in parts)))
+    with pytest.raises(ValueError, match="DataFrame"):
+        ratio_interval(*map(pd.DataFrame, parts))
+
+
+def test_estimates_in_words_and_upside_down():
+    assert str(Estimate(1.234, 1.1, 1.4)) == f"{Estimate(1.234, 1.1, 1.4)}" == "1.23 [1.10, 1.40]" and f"{Estimate(2.0)}" == "2.00"
+    assert f"{Estimate(math.nan)}" == "not measured"
+    assert Estimate(2, 1, 4).inverse() == (0.5, 0.25, 1) and math.isnan(Estimate(1, -0.5, 2).inverse().low)
+    for wrong in ({}, dict(between=(1.2, 0.8))):
+        with pytest.raises(ValueError, match="above, below, between"):
+            decide(Estimate(1, 0.9, 1.1), **wrong)
+
+
+def test_means_of_many_values_fit_into_memory_and_stay_the_same(monkeypatch):
+    values = np.random.default_rng(1).normal(size=3000)
+    whole = np.random.default_rng(0).integers(0, 3000, (2000, 3000))
+    low, high = np.percentile(values[whole].mean(1), [2.5, 97.5])
+    found = bootstrap_mean(values)
+    assert found.low == pytest.approx(low, abs=2e-4) and found.high == pytest.approx(high, abs=2e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+def test_a_device_may_be_given_by_its_name(device):
+    assert compare({"a": lambda: torch.ones(2)}, device, rounds=2)["a"]["status"] == "ok" and half_type(device or "cpu") == torch.bfloat16
+
+
+def test_numbers_of_numpy_are_numbers():
+    from effarch.checks import check_count, is_number
+
+    assert check_count(np.int64(3), "n") == 3 and is_number(np.float32(0.5)) and not is_number(np.bool_(True)) and not is_number(np.float64("nan"))

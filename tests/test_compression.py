@@ -421,5 +421,15 @@ def test_a_pretrained_tower_is_sliced_as_it_was_gated():
 def test_a_sliced_model_is_not_read_as_if_it_had_all_its_heads(clip):
     groups = unit_groups(clip)
     sliced = slice_units(clip, [torch.arange(max(1, group.count // 2)) for group in groups], groups)
-    with pytest.raises(TypeError, match="layers with .* heads are not supported"):
+    with pytest.raises(TypeError, match="layer 1 with .* heads .* is not supported|layer 0 with .* heads .* is not supported"):
         encode_images(sliced, FEW)
+
+
+@pytest.mark.parametrize("wrong", [lambda n: torch.ones(n, dtype=torch.bool), lambda n: torch.tensor([1, 0]), lambda n: torch.tensor([0, n]),
+                                   lambda n: torch.tensor([0, 0]), lambda n: torch.tensor([], dtype=torch.long)])
+def test_units_that_are_no_ascending_numbers_are_refused(clip, wrong):
+    groups = unit_groups(clip)
+    kept = [torch.arange(group.count) for group in groups]
+    kept[0] = wrong(groups[0].count)
+    with pytest.raises(ValueError, match="kept .* at least one"):
+        slice_units(clip, kept, groups)

@@ -362,7 +362,7 @@ def test_a_row_of_another_shape_is_refused_by_every_decoder():
     kernel = planted(48, 3).float()
     for decoder in (RingBuffer(kernel), BlockedConvolution(kernel, 8), StateSpaceDecoder(distill(kernel, "hankel", rank=4))):
         for shape in ((1, 3), (1,), (3, 1), (4,), ()):
-            with pytest.raises(ValueError, match=r"x.shape=.* is not allowed; allowed: \(3,\)"):
+            with pytest.raises(ValueError, match=r"x=.* is not allowed; allowed: \(3,\)"):
                 decoder.step(torch.ones(shape))
 
 
@@ -384,3 +384,21 @@ def test_chunked_prefill_hands_its_state_over(chunk):
         decoder.real, decoder.imag = state.real.clone(), state.imag.clone()
         y = torch.cat([head.T, torch.stack([decoder.step(row) for row in x[96:]])])
         assert torch.allclose(y, causal_conv(x[None], space(130))[0], atol=1e-8)
+
+
+@pytest.mark.parametrize("seed, length, decay, tolerance", [(101, 22, 10, 0.195), (18, 16, 8, 0.1443), (3, 24, 6, 0.1)])
+def test_the_smallest_state_space_that_is_good_enough_is_found(seed, length, decay, tolerance):
+    torch.manual_seed(seed)
+    kernel = (torch.randn(length, 2) * torch.exp(-torch.arange(length) / decay)[:, None]).double()
+    errors = {rank: distill(kernel, "hankel", rank=rank).error for rank in range(1, length // 2)}
+    right = next((rank for rank, error in errors.items() if error <= tolerance), None)
+    if right is None:
+        with pytest.raises(ValueError, match="tolerance"):
+            distill(kernel, "hankel", tolerance=tolerance)
+    else:
+        assert distill(kernel, "hankel", tolerance=tolerance).rank == right
+
+
+def test_whole_numbers_are_no_signal():
+    with pytest.raises(ValueError, match="floating-point"):
+        RingBuffer(torch.full((2, 2), 0.5)).step(torch.tensor([3, 5]))

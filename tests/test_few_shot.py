@@ -521,3 +521,12 @@ def test_the_module_needs_no_more_than_torch():
     code = "import sys, effarch.few_shot; print([n for n in ('sklearn', 'matplotlib', 'pandas', 'transformers', 'effarch.bench') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_labels_of_any_whole_type_are_taken(kind):
+    text, labels = F.normalize(torch.randn(3, 8), dim=-1), torch.tensor([0, 1, 2, 0])
+    support = Support(F.normalize(torch.randn(4, 8), dim=-1), labels.to(kind), text)
+    assert support.one_hot().argmax(1).tolist() == labels.tolist() and support.counts().tolist() == [2, 1, 1]
+    with pytest.raises(ValueError, match="labels"):
+        Support(support.features, labels.bool(), text)

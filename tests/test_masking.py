@@ -583,3 +583,12 @@ def test_flat_patches_have_no_pattern(value):
     mixed = torch.full((1, 3, 64, 64), value)
     mixed[..., :16, :16] += torch.randn(16, 16)
     assert standardised_patches(mixed, 16).norm(dim=-1)[0] == pytest.approx([1.0] + [0.0] * 15, abs=1e-5)
+
+
+@pytest.mark.parametrize("kept, words", [
+    (torch.ones(2, 64, dtype=torch.bool), "kept=torch.bool"), ([[0, 1]], "kept='list'"), (torch.tensor([[0, 64], [1, 2]]), r"kept=\(0, 64\)"),
+    (torch.tensor([[0, -1], [1, 2]]), r"kept=\(-1, 2\)"), (torch.tensor([[0, 1]]), "kept.shape")])
+def test_patches_that_are_not_there_are_refused(captions, kept, words):
+    model = small_clip(captions)
+    with pytest.raises(ValueError, match=words):
+        encode_images(model, torch.randn(2, 3, 32, 32), KeepPatches(kept))

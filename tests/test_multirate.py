@@ -360,3 +360,10 @@ def test_bad_values_are_named(call, words):
     with pytest.raises(ValueError, match="allowed") as error:
         call()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("x", [torch.ones(1, 8, 3, dtype=torch.long), torch.ones(1, 8, 1), torch.ones(8, 3)])
+@pytest.mark.parametrize("form", [None, "fft", "stock", "channels_last"])
+def test_what_is_no_sequence_of_these_channels_is_refused(form, x):
+    with pytest.raises(ValueError, match=r"x=.* is not allowed; allowed: \(B, T, 3\)"):
+        multirate.with_form(multirate.DepthwiseCausalConv1d(3, 4), form)(x)

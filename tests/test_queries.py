@@ -560,3 +560,10 @@ def test_faults_are_told_in_one_line(fault, said):
     with pytest.raises(ValueError) as error:
         fault()
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, 5, dtype=torch.bool), torch.ones(4, 1, 5, dtype=torch.int64)])
+def test_a_mask_that_would_be_read_as_another_is_refused(mask):
+    x = torch.randn(4, 3, 16)
+    with pytest.raises(ValueError, match="mask="):
+        MultiHead(16, 4)(x, torch.randn(4, 5, 16), mask)

@@ -508,3 +508,12 @@ def test_single_precision_has_the_gradient_of_a_strong_decay():
 
     single, double = gradient(torch.float32), gradient(torch.float64)
     assert float(((single - double) / double).abs().max()) < 1e-3
+
+
+def test_gradients_of_gradients_with_recomputation():
+    given = [v[:1].requires_grad_() if v.dim() > 1 else v.requires_grad_() for v in random_ssd(12, heads=2, head_width=2, states=2, groups=1)]
+    grads = []
+    for again in (False, True):
+        (first,) = torch.autograd.grad(ssd(*given, chunk=4, segment=8, recompute=again)[0].square().sum(), given[0], create_graph=True)
+        grads.append(torch.autograd.grad(first.square().sum(), given[0])[0])
+    torch.testing.assert_close(*grads)

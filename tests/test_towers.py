@@ -633,3 +633,100 @@ def test_a_shortcut_asked_for_where_patches_are_read_is_refused(pixels):
     one_line(error)
     with token_reduction(build("ViT"), "ours", budget=0.6, cls_only_last=True, patch_tokens=False) as model:
         assert model(pixels).pooler_output.isfinite().all()
+
+
+def scaled(module):
+    module.self_attn.scale *= 2
+
+
+def another_forward(module):
+    module.forward = lambda x, *args, **kwargs: x
+
+
+class Silent(transformers.models.clip.modeling_clip.CLIPEncoderLayer):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+@pytest.mark.parametrize("change, words", [
+    (scaled, "scale="), (another_forward, "forward of its own"), (lambda layer: setattr(layer, "__class__", Silent), "Silent with a forward"),
+    (lambda layer: another_forward(layer.self_attn), "forward of its own")])
+def test_a_layer_that_computes_something_else_is_refused(clip, pixels, change, words):
+    change(find_vision_module(clip)[0].encoder.layers[2])
+    with pytest.raises(TypeError, match="layer 2.*" + words):
+        encode_images(clip, pixels)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2", "CLIP"])
+def test_fewer_heads_than_the_configuration_says_are_refused(name, pixels):
+    model = build(name)
+    module = find_vision_module(model)[0]
+    blocks = make_tower(model).blocks
+    width = blocks[0].q.out_features // 3
+    for block in blocks:
+        for part in (block.q, block.k, block.v):
+            part.weight.data, part.bias.data, part.out_features = part.weight.data[:width], part.bias.data[:width], width
+        attention = getattr(block.attention, "attention", block.attention)
+        for heads in ("num_attention_heads",):
+            if hasattr(attention, heads):
+                setattr(attention, heads, 1)
+    assert module.config.num_attention_heads == 3
+    with pytest.raises(TypeError, match="layer 0 with .* heads"), token_reduction(model, Reducer()):
+        pass
+
+
+def test_modules_that_are_replaced_inside_are_refused_not_left_out(clip, pixels):
+    module = find_vision_module(clip)[0]
+    attention, outside = module.encoder.layers[1].self_attn, clip.get_image_features(pixel_values=pixels)
+    for path in ("self_attn", "mlp"):
+        with token_reduction(clip, Reducer()):
+            before = getattr(module.encoder.layers[1], path)
+            setattr(module.encoder.layers[1], path, copy.deepcopy(before))
+            with pytest.raises(ValueError, match=f"modules replaced=.'{path}'"):
+                clip.get_image_features(pixel_values=pixels)
+            setattr(module.encoder.layers[1], path, before)
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+    with token_reduction(clip, Reducer()):
+        close(clip.get_image_features(pixel_values=pixels).pooler_output, outside.pooler_output)
+
+
+def test_a_part_that_stands_in_for_an_attention_is_one_clear_line(clip, pixels):
+    find_vision_module(clip)[0].encoder.layers[0].self_attn = torch.nn.Identity()
+    with pytest.raises(TypeError, match="not as its library builds it: .*q_proj"):
+        encode_images(clip, pixels)
+
+
+@pytest.mark.parametrize("wrong", [None, "CLIP", 3])
+def test_what_is_no_model_is_named(wrong):
+    with pytest.raises(TypeError, match="model=.* is not supported; supported: CLIP"):
+        make_tower(wrong)
+
+
+def test_quantised_layers_are_counted_like_whole_ones(clip):
+    linear = {torch.nn.Linear}
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(clip), linear)
+    assert encoder_macs(quantised) == encoder_macs(clip)
+
+
+def test_layer_scale_is_read_at_every_call(pixels):
+    eva = build("EVA-CLIP")
+    with token_reduction(eva, Reducer()):
+        for block in eva.blocks:
+            block.gamma_1 = torch.nn.Parameter(3 * block.gamma_1)
+        inside = eva(pixels)
+    close(inside, eva(pixels))
+
+
+def test_tracing_leaves_running_statistics_alone(pixels):
+    model = build("MobileCLIP-B").train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    trace_encoder(model)
+    encoder_macs(model, reducer_for_budget("ours", 0.7, model))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers()) and all(part.training for part in model.modules())
+
+
+def test_dropout_in_attention_is_refused_by_encode_images(clip, pixels):
+    find_vision_module(clip)[0].config.attention_dropout = 0.5
+    encode_images(clip, pixels)
+    with pytest.raises(ValueError, match="attention dropout=0.5"):
+        encode_images(clip.train(), pixels)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from effarch.checks import check
+
 UNKNOWN = float("nan")
 FEW = 8  # below so many values a bootstrap is too narrow: Student's t for times and seeds, no interval for images
 
@@ -20,8 +22,8 @@ class Estimate(NamedTuple):
     high: float = UNKNOWN
 
     def inverse(self):
-        """The Estimate of 1 / value, as of a speed-up from a ratio of times."""
-        return Estimate(1 / self.value, 1 / self.high, 1 / self.low)
+        """The Estimate of 1 / value, as of a speed-up from a ratio of times; ends not known where the interval holds 0."""
+        return Estimate(1 / self.value, 1 / self.high, 1 / self.low) if self.low * self.high > 0 else Estimate(1 / self.value)
 
     def __str__(self):
         """'1.82 [1.72, 1.98]', for titles and what cells print; 'not measured' without a value."""
@@ -35,6 +37,9 @@ def decide(estimate, above=None, below=None, between=None):
 
     estimate: an Estimate, or a plain number that is exact (a count, a formula). NaN anywhere, or an interval of width
     zero, which too few or all equal values make: undecided."""
+    ends = [above, below] if between is None else [*between, 0]
+    check(any(v is not None for v in ends) and (between is None or ends[0] <= ends[1]), "above, below, between", (above, below, between),
+          "one limit or two, the lower first")
     exact = not isinstance(estimate, tuple)
     value, low, high = (estimate,) * 3 if exact else estimate
     if any(v is None or math.isnan(v) for v in (value, low, high)) or not (exact or low < high):
@@ -67,7 +72,9 @@ def by_process(raw):
 
 
 def _in_processes(raw):
-    nested = len(raw) and isinstance(raw[0], (list, tuple, np.ndarray))
+    check(not hasattr(raw, "columns"), "raw times", type(raw).__name__, "numbers, or a list of those of each process")
+    raw = list(raw)
+    nested = len(raw) and np.ndim(raw[0]) > 0
     return [np.asarray(part, float) for part in (raw if nested else [raw])]
 
 
@@ -132,8 +139,11 @@ def bootstrap_mean(values, draws=2000, weights=None):
     weights = np.ones(n) if weights is None else np.asarray(weights, float)
     if n < FEW:
         return Estimate(float(np.average(values, weights=weights)) if n else UNKNOWN)
-    mean, pick = np.average(values, weights=weights), np.random.default_rng(0).integers(0, n, (draws, n))
-    ends = np.percentile((values * weights)[pick].sum(1) / weights[pick].sum(1), [2.5, 97.5])
+    mean, random, drawn = np.average(values, weights=weights), np.random.default_rng(0), []
+    for many in np.diff([*range(0, draws, max(1, 10**6 // n)), draws]):  # in parts, since draws × values may not fit into memory
+        pick = random.integers(0, n, (many, n))
+        drawn.append((values * weights)[pick].sum(1) / weights[pick].sum(1))
+    ends = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     low, high = np.clip(mean + (ends - mean) * t_factor(n) / 1.96 * (n / (n - 1)) ** 0.5, values.min(), values.max())  # a cosine stays below 1
     return Estimate(float(mean), float(low), float(high))
 
@@ -152,7 +162,7 @@ def seed_ratio(a, b):
 
 def known_to(estimate, share=0.15):
     """Whether an Estimate's interval is within about ± this share of its value, so that a ratio of times may set equal times; NaN: no."""
-    return bool(estimate.high - estimate.low <= 2 * share * estimate.value)
+    return bool(estimate.high - estimate.low <= 2 * share * abs(estimate.value))
 
 
 def fit_loglog(x, y):

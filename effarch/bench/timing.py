@@ -100,9 +100,9 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
 
     Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
-    interval was still wider when the time was used). A failed case keeps its `status` and has no times."""
+    interval was still wider when the time was used). A failed case, such as one whose output is not finite, keeps its `status` and has no times."""
     check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
-    device = device or torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
+    chosen = lambda: torch.device(device or ("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"))
     references = against if isinstance(against, list) else [against]
     unknown = [name for name in references if name is not None and name not in cases]
     check(not unknown, "against", unknown, f"names of cases: {', '.join(map(str, cases))}")
@@ -111,10 +111,11 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     for name, fn in cases.items():
         status = "ok"
         for _ in range(max(warmup, 1)):
-            status = attempt(fn, device) if status == "ok" else status
+            status = attempt(fn, chosen()) if status == "ok" else status
         rows[name] = dict(status=status, raw_ms=[])
-        if status == "oom" and device.type == "cuda":
+        if status == "oom" and chosen().type == "cuda":
             torch.cuda.empty_cache()
+    device = chosen()  # now that a first call may have started the GPU
     shuffle = np.random.default_rng(0)  # of its own: the notebook's generators are not touched
     done, wide = 0, []
     looks = set(checkpoints(LEAST_ROUNDS, MOST_ROUNDS))
@@ -214,7 +215,7 @@ def peak_memory(fn, device, resident=()):
 
     The same definition on both devices, so other live tensors never count. On a CPU the profiler's
     allocation records are added up; memory that a library takes outside PyTorch's allocator is not seen."""
-    base = tensor_bytes(resident)
+    base, device = tensor_bytes(resident), torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -262,7 +263,7 @@ def ceilings(device, dtype=torch.float32, rounds=15, small=False):
 
 def half_type(device):
     """The half precision to use on a device: bfloat16, but float16 on a GPU below compute capability 8.0 (such as a T4)."""
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    old = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.float16 if old else torch.bfloat16
 
 

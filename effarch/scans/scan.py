@@ -204,10 +204,10 @@ class DecayedAttention(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 4
-        C, B, log_decay, x, decay, attention = ctx.saved_tensors
+        C, B, log_decay, x, decay, attention = saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-            found = torch.autograd.grad(DecayedAttention.forward(C, B, log_decay, x)[0], [ctx.saved_tensors[i] for i in wanted], dy, create_graph=True)
+            found = torch.autograd.grad(DecayedAttention.forward(C, B, log_decay, x)[0], [saved[i] for i in wanted], dy, create_graph=True)
             return tuple(dict(zip(wanted, found, strict=True)).get(i) for i in range(4))
         dx = (attention[..., None, :, :] * decay).mT @ dy
         back = (dy @ x.mT).mul_(decay)
@@ -257,7 +257,7 @@ def ssd(x, delta, A, B, C, state=None, chunk=None, segment=2048, recompute=False
 
     x (B, T, H, P); delta (B, T, H), delta ≥ 0; A (H,), A ≤ 0; B, C (B, T, G, N), H a multiple of G; state
     (B, G, N, H/G, P) to start from; chunk, None: 32, and 64 from 64 states on. Equal to `ssd_sequential` for every
-    chunk and segment; its gradients have none of their own. ValueError for shapes or values that do not fit."""
+    chunk and segment, up to rounding that grows with the chunk; a decay below e^-30 in float32 (e^-80 in float64) counts as that. Its gradients have none of their own. ValueError for shapes or values that do not fit."""
     check(x.dim() == 4 and x.shape[1] > 0, "x.shape", tuple(x.shape), "(B, T, H, P) with T ≥ 1")
     check(delta.shape == x.shape[:3], "delta.shape", tuple(delta.shape), f"{tuple(x.shape[:3])}: batch, length, heads of x")
     check(A.shape == x.shape[2:3], "A.shape", tuple(A.shape), f"{tuple(x.shape[2:3])}: heads of x")

@@ -140,11 +140,17 @@ def read_out(model, tower, tokens):
     return F.normalize(feature, dim=-1)
 
 
+def refuse_dropout(tower):
+    """ValueError for dropout in attention, which the encoder loop would leave out."""
+    check(not (tower.module.training and tower.dropout), "attention dropout", tower.dropout, "0 in training; or call model.eval()")
+
+
 def encode_images(model, pixel_values, reducer=None, implementation="sdpa", interpolate=None):
     """L2-normalised image features (B, P) of a CLIP, SigLIP or ViT model, through our own encoder loop.
 
-    reducer=None gives the model's own features. Raises TypeError for an unsupported model."""
-    tower = make_tower(model)
+    reducer=None gives the model's own features, without what hooks on whole layers do (`token_reduction` refuses those).
+    Raises TypeError for an unsupported model, ValueError for dropout in attention while it trains."""
+    refuse_dropout(tower := make_tower(model))
     tokens = run_encoder(tower, pixel_values, reducer, implementation=implementation, interpolate=interpolate)
     return read_out(model, tower, tokens)
 
@@ -259,13 +265,21 @@ class InputPruning(Reducer):
 def trace_encoder(model, reducer=None, pixel_values=None, image_size=None, images=1):
     """Tokens after one pass with everything recorded: `owner`, `counts` per layer, `macs` per image.
 
-    pixel_values: (B, 3, H, W); None takes so many blank `images` of the model's (or the given) size."""
+    pixel_values: (B, 3, H, W); None takes so many blank `images` of the model's (or the given) size. Hooks on single parts see that
+    pass; running statistics of batch norms do not."""
     tower = make_tower(model)
+    learning = [part for part in tower.module.modules() if part.training and getattr(part, "track_running_stats", False)]
     weight, sides = tower.patch.weight, sides_of(image_size or tower.image_size)
     if pixel_values is None:
         pixel_values = weight.new_zeros(images, weight.shape[1], *sides)
-    tokens = run_encoder(tower, pixel_values, reducer, trace=True)
-    read_out(model, tower, tokens)
+    try:
+        for part in learning:
+            part.eval()
+        tokens = run_encoder(tower, pixel_values, reducer, trace=True)
+        read_out(model, tower, tokens)
+    finally:
+        for part in learning:
+            part.train()
     return tokens
 
 

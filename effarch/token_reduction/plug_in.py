@@ -8,7 +8,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from effarch.checks import check
 from effarch.clip.towers import make_tower, sides_of
-from effarch.token_reduction.encoder import Reducer, continue_encoder, pooled_output, start_encoder, take
+from effarch.token_reduction.encoder import (
+    Reducer,
+    continue_encoder,
+    pooled_output,
+    refuse_dropout,
+    start_encoder,
+    take,
+)
 
 # models that read the pooled output only, and those whose head reads the CLS token out of last_hidden_state
 READ_POOLED = {"CLIPModel", "CLIPVisionModelWithProjection", "SiglipModel"}
@@ -39,7 +46,8 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     nn.DataParallel's copies are not supported. On exit, also after an exception, the model is exactly what it was.
 
     Raises TypeError for an unsupported model and for a reducer that is none, ValueError for an unknown name, a budget
-    that cannot be reached, and for what is not available inside: attention maps, masks, dropout in attention, and hooks
+    that cannot be reached, and for what is not available inside: attention maps, masks, dropout in attention, modules that
+    were replaced inside (an adapter of peft has to be there before), and hooks
     on what is not called, since of a layer only its norms, its MLP and the projections of its attention are."""
     tower = make_tower(model)
     kinds = {base.__name__ for base in type(getattr(model, "_orig_mod", model)).__mro__}  # inside what torch.compile made
@@ -48,8 +56,8 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
         inside = tower.library == "open_clip" and not tower.module.output_tokens
         patch_tokens = not (inside or kinds & (READ_POOLED | READ_FIRST))
     named, method = isinstance(reducer, str), reducer
-    reducer, skipped = find_reducer(model, reducer, budget, patch_tokens, options), tower.skipped()
-    refuse(tower, skipped)
+    reducer, skipped, places = find_reducer(model, reducer, budget, patch_tokens, options), tower.skipped(), tower.places()
+    refuse(tower, skipped, places)
     every_size = not named or options.get("image_size") is not None
     fitted_to = {sides_of(tower.image_size): reducer}  # (height, width) → the reducer whose budget holds for it
 
@@ -64,7 +72,7 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
 
     def reduce(pixels, interpolate=None, hidden=False):
         if not torch.compiler.is_compiling():
-            refuse(tower, skipped)
+            refuse(tower, skipped, places)
         own = reducer_at(tuple(pixels.shape[-2:]))
         own = copy(own) if named or hidden else own  # some remember their pass, which two threads must not share
         if hidden:
@@ -104,9 +112,11 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
     return reducer
 
 
-def refuse(tower, skipped):
-    """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks."""
-    check(not (tower.module.training and tower.dropout), "attention dropout", tower.dropout, "0 in training; or call model.eval()")
+def refuse(tower, skipped, places):
+    """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks, parts put in the place of others."""
+    refuse_dropout(tower)
+    moved = [name for parent, name, part in places if parent._modules.get(name) is not part]
+    check(not moved, "modules replaced", moved[:3], "none inside token_reduction: what stands there now would not be called")
     hooked = []
     for name, part in skipped.items():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):

@@ -6,7 +6,19 @@ FAMILIES is the list of what is supported, and why the rest is not. To add one, 
 from dataclasses import dataclass
 from typing import Any
 
-from effarch.clip.towers.base import Block, Tower, attend, has, mean_of_patches, sides_of, split_heads, wide
+from torch import nn
+
+from effarch.clip.towers.base import (
+    Block,
+    Tower,
+    as_built,
+    attend,
+    has,
+    mean_of_patches,
+    sides_of,
+    split_heads,
+    wide,
+)
 from effarch.clip.towers.clip_like import blip_tower, clip_tower, siglip_tower
 from effarch.clip.towers.other_libraries import open_clip_tower, timm_tower
 from effarch.clip.towers.vit_like import dino_tower, dinov3_tower, mae_tower, vit_tower
@@ -77,6 +89,8 @@ def find_vision_module(model):
     """(module, Family) of the vision tower inside a model, the one nearest to its root.
 
     TypeError naming the model if there is none we know, or several side by side."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is not supported; supported: {supported()}")
     level, found = [model], []
     while level and not found:
         for module in level:
@@ -98,7 +112,10 @@ def find_vision_module(model):
 def make_tower(model):
     """The Tower of a model of a supported family, or of its bare vision tower. TypeError for any other model."""
     module, family = find_vision_module(model)
-    return family.adapter(module)
+    try:
+        return as_built(family.adapter(module))
+    except AttributeError as error:  # a part that another library has replaced
+        raise TypeError(f"{type(module).__name__} is not as its library builds it: {error}") from error
 
 
 def project(model, pooled):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from effarch.checks import is_count
+
 
 @dataclass
 class Block:
@@ -25,6 +27,8 @@ class Block:
     mlp: Callable
     hidden: float  # width inside the MLP; a gated one, with three matrices instead of two, counts one and a half times
     rotate: Callable | None = None  # queries or keys (B, heads, N, d), cos, sin (B, 1, N, d) → the same, rotated by position
+    layer: nn.Module | None = None  # the library's layer, and the attention in it
+    attention: nn.Module | None = None
     _chains: dict = field(default_factory=dict, init=False, repr=False)  # what `macs` has found, since it is asked in every pass
 
     def macs(self, name, one):
@@ -65,6 +69,12 @@ class Tower:
         called = {id(part) for one in ours for piece in pieces(one) for part in piece.modules()}
         return {name: part for name, part in self.module.named_modules() if name and id(part) not in called}
 
+    def places(self):
+        """[(parent, name, part)] of the parts that the loop has looked up, to see later whether they are still in their places."""
+        ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp", "layer", "attention")]
+        known = {id(part) for one in [*ours, self.pre_norm, self.finish, *self.calls] for part in pieces(one)}
+        return [(parent, name, part) for parent in self.module.modules() for name, part in parent.named_children() if id(part) in known]
+
 
 class Chain:
     """Parts that are called one after the other."""
@@ -82,6 +92,30 @@ def chain(*parts):
     """The parts one after the other, without those that do nothing; a single one as it is."""
     parts = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
     return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+def as_built(tower):
+    """The tower, if its layers compute what the loop computes: TypeError for other heads, another scale, or another forward."""
+    for i, block in enumerate(tower.blocks):
+        for part in (getattr(one, "_orig_mod", one) for one in (block.layer, block.attention)):
+            home, patched = type(part).forward.__module__.partition(".")[0], "forward" in vars(part) and not hasattr(part, "_hf_hook")
+            known = home in ("torch", "transformers", "timm", "open_clip") or getattr(part, "plain_attention", False)
+            if patched or not known:
+                raise TypeError(f"layer {i}: {type(part).__name__} with a forward of its own is not supported: not the layers are called, but their parts "
+                                "(plain_attention = True in its class says that it is softmax attention of q_proj, k_proj, v_proj and out_proj)")
+        attention = getattr(block.attention, "attention", block.attention)  # ViT's and DINOv2's may have one inside
+        heads = {getattr(attention, name) for name in ("num_heads", "num_attention_heads") if has(attention, name)}
+        size = next((getattr(attention, name) for name in ("head_dim", "attention_head_size") if has(attention, name)), None)
+        width = block.q.out_features if has(block.q, "out_features") else None
+        if heads - {tower.heads} or None not in (size, width) and width != tower.heads * size:
+            raise TypeError(f"layer {i} with {sorted(heads)} heads of {size} for a width of {width} is not supported; supported: {tower.heads} heads in each layer, "
+                            "as the configuration or the first one says")
+        size = size or width and width / tower.heads
+        for name in ("scale", "scaling"):
+            scale = getattr(attention, name, None)
+            if isinstance(scale, float) and size and abs(scale * size**0.5 - 1) > 1e-4:
+                raise TypeError(f"layer {i} with {name}={scale} is not supported; supported: 1 / √{size}, the root of a head's width")
+    return tower
 
 
 def pieces(part):
@@ -133,8 +167,10 @@ def has(module, path):
 
 
 def linear_macs(part):
-    """The multiply-adds a token of each linear layer that a call of `part` calls."""
-    return [one.in_features * one.out_features for piece in pieces(part) for one in piece.modules() if isinstance(one, nn.Linear)]
+    """The multiply-adds a token of each linear layer that a call of `part` calls, of whatever kind (also quantised)."""
+    linear = lambda one: is_count(getattr(one, "in_features", None)) and is_count(getattr(one, "out_features", None))
+    return [one.in_features * one.out_features for piece in pieces(part) for one in piece.modules()
+            if linear(one) and not any(map(linear, list(one.modules())[1:]))]
 
 
 def mlp_width(mlp, width):

@@ -19,7 +19,7 @@ from effarch.clip.towers.base import (
 def clip_block(layer, width):
     """A Block of CLIP's, ChineseCLIP's, AltCLIP's or SigLIP's layer."""
     q, k, v, out = attrgetter("q_proj", "k_proj", "v_proj", "out_proj")(layer.self_attn)
-    return Block(layer.layer_norm1, q, k, v, out, layer.layer_norm2, layer.mlp, mlp_width(layer.mlp, width))
+    return Block(layer.layer_norm1, q, k, v, out, layer.layer_norm2, layer.mlp, mlp_width(layer.mlp, width), layer=layer, attention=layer.self_attn)
 
 
 def blip_block(layer, width):
@@ -27,15 +27,12 @@ def blip_block(layer, width):
     plain(nn.Linear, layer.self_attn.qkv)
     q, k, v = thirds(layer.self_attn, "qkv.weight", "qkv.bias")
     return Block(layer.layer_norm1, q, k, v, layer.self_attn.projection, layer.layer_norm2, layer.mlp,
-                 mlp_width(layer.mlp, width))
+                 mlp_width(layer.mlp, width), layer=layer, attention=layer.self_attn)
 
 
 def assemble(module, block, finish, pool, prefix=1, pre_norm=None, calls=(), pools=True, pool_macs=lambda n: 0):
     """The Tower of a module with CLIP's names."""
     config, emb = module.config, module.embeddings
-    heads = {getattr(layer.self_attn, "num_heads", config.num_attention_heads) for layer in module.encoder.layers}
-    if heads != {config.num_attention_heads}:
-        raise TypeError(f"layers with {sorted(heads)} heads are not supported; supported: {config.num_attention_heads} in each, as the configuration says")
     return Tower(
         module=module, embed=lambda pixels, interpolate=False: emb(pixels, interpolate_pos_encoding=interpolate),
         pre_norm=pre_norm or nn.Identity(), blocks=[block(layer, config.hidden_size) for layer in module.encoder.layers],

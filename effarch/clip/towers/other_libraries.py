@@ -21,15 +21,14 @@ from effarch.clip.towers.base import (
 )
 
 
-class Scale(nn.Module):
-    """Layer scale: times a vector that the layer itself holds."""
+class Scale:
+    """Layer scale: times a vector that the layer itself holds, read at every call."""
 
-    def __init__(self, gamma):
-        super().__init__()
-        self.gamma = gamma
+    def __init__(self, layer, name):
+        self.layer, self.name = layer, name
 
-    def forward(self, x):
-        return x * self.gamma
+    def __call__(self, x):
+        return x * getattr(self.layer, self.name)
 
 
 def unsupported(module, *reasons):
@@ -57,12 +56,12 @@ def timm_block(layer, width):
         q, k, v = thirds(attention, "qkv.weight", "qkv.bias", own)
     else:
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-    first, second = (Scale(getattr(layer, name)) if has(layer, name) else getattr(layer, other, None)
+    first, second = (Scale(layer, name) if has(layer, name) else getattr(layer, other, None)
                      for name, other in (("gamma_1", "ls1"), ("gamma_2", "ls2")))
     out = chain(getattr(attention, "norm", None), attention.proj, attention.proj_drop, first, layer.drop_path1)
     mlp = chain(layer.mlp, second, layer.drop_path2)
     rotate = rotate_halves if getattr(attention, "rotate_half", False) else rotate_pairs
-    return Block(layer.norm1, q, k, v, out, layer.norm2, mlp, mlp_width(layer.mlp, width), rotate)
+    return Block(layer.norm1, q, k, v, out, layer.norm2, mlp, mlp_width(layer.mlp, width), rotate, layer, attention)
 
 
 def stem_of(embedding, width):
@@ -122,7 +121,7 @@ def open_clip_block(layer, width):
     plain(nn.MultiheadAttention, layer.attn)
     q, k, v = thirds(layer.attn, "in_proj_weight", "in_proj_bias")
     return Block(layer.ln_1, q, k, v, chain(layer.attn.out_proj, layer.ls_1), layer.ln_2, chain(layer.mlp, layer.ls_2),
-                 mlp_width(layer.mlp, width))
+                 mlp_width(layer.mlp, width), layer=layer, attention=layer.attn)
 
 
 def open_clip_tower(module):

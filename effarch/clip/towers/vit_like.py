@@ -34,7 +34,7 @@ def vit_block(layer, width):
     mlp = layer.mlp if has(layer, "mlp") else chain(
         layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output.dense)
     return Block(layer.layernorm_before, q, k, v, chain(out, drop), layer.layernorm_after, chain(mlp, drop),
-                 mlp_width(mlp, width))
+                 mlp_width(mlp, width), layer=layer, attention=layer.attention)
 
 
 def dino_block(layer, width):
@@ -42,7 +42,7 @@ def dino_block(layer, width):
     q, k, v, out = projections(layer.attention)
     drop = layer.attention.output.dropout if has(layer, "attention.output.dropout") else None
     return Block(layer.norm1, q, k, v, chain(out, drop, layer.layer_scale1, layer.drop_path), layer.norm2,
-                 chain(layer.mlp, layer.layer_scale2, layer.drop_path), mlp_width(layer.mlp, width))
+                 chain(layer.mlp, layer.layer_scale2, layer.drop_path), mlp_width(layer.mlp, width), layer=layer, attention=layer.attention)
 
 
 def layers_of(module):
