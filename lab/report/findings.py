@@ -479,9 +479,9 @@ FINDINGS = [
     Finding(
         "masked", MASKED, "Does masking pay when a CLIP is trained for equal time?", masked("random 50 %"),
         "A small CLIP from scratch that sees a random half of every image, trained for the {seconds:.0f} seconds that dense training takes, changes class accuracy by {value}; "
-        "half the batch instead {half}, a smaller image {smaller}.",
-        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", more="Masked by clusters: {cluster}.",
-        beside=dict(half=masked("half the batch"), smaller=masked("smaller image"), cluster=masked("cluster 50 %"))),
+        "three quarters hidden {most}, half hidden by clusters {cluster}, half the batch instead {half}, a smaller image {smaller}.",
+        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", undecided="Undecided for a random half.",
+        beside=dict(most=masked("random 75 %"), half=masked("half the batch"), smaller=masked("smaller image"), cluster=masked("cluster 50 %"))),
     Finding(
         "queries", QUERIES, "Do learned queries beat pooling?", queried("qformer"),
         "After {train_s:.0f} seconds of training on two cores, a small Q-Former from a random start that hands on {tokens} tokens changes the right answers about mosaics by "
