@@ -391,16 +391,29 @@ def prepare(kernel, method, unstable="mend", inputs=None):
     return measured, largest
 
 
-def smallest_rank(fit, largest, tolerance):
+def each_rank(fit, largest, tolerance):
+    """The first form whose error is at most the tolerance, or the best of all ranks; those whose poles are refused do not count."""
+    forms, refused = [], None
+    for rank in range(1, largest + 1):
+        try:
+            forms.append(fit(rank))
+        except ValueError as error:
+            refused = error
+            continue
+        if forms[-1].error <= tolerance:
+            return forms[-1]
+    if not forms:
+        raise refused
+    return min(forms, key=lambda form: form.error)
+
+
+def smallest_rank(fit, largest, tolerance, falls=True):
     """The Distilled of the smallest rank with error ≤ tolerance, by bisection; ValueError if no rank is enough.
 
-    A state space's error need not fall with its rank: there all ranks are tried, the smallest first."""
-    best = fit(largest)
-    if best.method == "hankel":
-        forms = map(fit, range(1, largest + 1))
-        best = next((form for form in forms if form.error <= tolerance), None) or min(map(fit, range(1, largest + 1)), key=lambda form: form.error)
-        if best.error <= tolerance:
-            return best
+    falls: whether the error falls with the rank; a state space's need not: then all ranks are tried, the smallest first."""
+    best = fit(largest) if falls else each_rank(fit, largest, tolerance)
+    if best.error <= tolerance and not falls:
+        return best
     if best.error > tolerance:
         raise ValueError(f"tolerance={tolerance!r} is not allowed; allowed for method {best.method!r} on this kernel: "
                          f"at least {best.error:.3g}, reached at rank {best.rank}")
@@ -426,7 +439,7 @@ def distill(kernel, method, rank=None, tolerance=None, unstable="mend", inputs=N
     check(rank is None or is_count(rank), "rank", rank, "a whole number of at least 1")
     fit, largest = prepare(kernel, method, unstable, inputs)
     check(rank is None or rank <= largest, "rank", rank, f"at most {largest} for this kernel and method")
-    form = fit(rank) if tolerance is None else smallest_rank(fit, largest, tolerance)
+    form = fit(rank) if tolerance is None else smallest_rank(fit, largest, tolerance, method != "hankel")
     if form.note:
         warnings.warn(f"distill: {form.note} (order {form.rank})", stacklevel=2)
     return form

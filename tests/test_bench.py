@@ -1017,6 +1017,7 @@ def test_times_of_processes_are_told_apart_in_whatever_holds_them():
 
 def test_estimates_in_words_and_upside_down():
     assert str(Estimate(1.234, 1.1, 1.4)) == f"{Estimate(1.234, 1.1, 1.4)}" == "1.23 [1.10, 1.40]" and f"{Estimate(2.0)}" == "2.00"
+    assert f"{Estimate(0.00312, 0.001, 0.2)}" == "0.0031 [0.001, 0.20]"
     assert f"{Estimate(math.nan)}" == "not measured"
     assert Estimate(2, 1, 4).inverse() == (0.5, 0.25, 1) and math.isnan(Estimate(1, -0.5, 2).inverse().low)
     for wrong in ({}, dict(between=(1.2, 0.8))):
@@ -1024,7 +1025,7 @@ def test_estimates_in_words_and_upside_down():
             decide(Estimate(1, 0.9, 1.1), **wrong)
 
 
-def test_means_of_many_values_fit_into_memory_and_stay_the_same(monkeypatch):
+def test_means_drawn_in_parts_are_those_drawn_at_once():
     values = np.random.default_rng(1).normal(size=3000)
     whole = np.random.default_rng(0).integers(0, 3000, (2000, 3000))
     low, high = np.percentile(values[whole].mean(1), [2.5, 97.5])

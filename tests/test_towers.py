@@ -657,6 +657,49 @@ def test_a_layer_that_computes_something_else_is_refused(clip, pixels, change, w
         encode_images(clip, pixels)
 
 
+def hooked_by_accelerate(layer):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+
+
+def hooked_and_freed(layer):
+    hooked_by_accelerate(layer)
+    pytest.importorskip("accelerate.hooks").remove_hook_from_module(layer)
+
+
+def compiled_forward(layer):
+    layer.forward = torch.compile(layer.forward, backend="eager")
+
+
+def copied(layer):
+    """As from a copy of the library's file: tower and layers of a class elsewhere."""
+    layer.__class__ = type("CLIPEncoderLayer", (type(layer),), dict(forward=Silent.forward, __module__="copies.modeling_clip"))
+
+
+@pytest.mark.parametrize("change", [hooked_by_accelerate, hooked_and_freed, compiled_forward, lambda layer: layer.compile(backend="eager")])
+def test_a_layer_that_computes_the_same_in_another_way_is_taken(clip, pixels, change):
+    right = encode_images(clip, pixels)
+    change(find_vision_module(clip)[0].encoder.layers[2])
+    close(encode_images(clip, pixels), right)
+
+
+def test_a_copy_of_a_librarys_file_is_taken_a_class_from_elsewhere_is_not(clip, pixels, monkeypatch):
+    module, written = find_vision_module(clip)[0], Silent.forward.__module__
+    copied(module.encoder.layers[2])
+    with pytest.raises(TypeError, match="layer 2: CLIPEncoderLayer with a forward of its own"):
+        make_tower(clip)
+    module.__class__ = type("CLIPVisionModel", (type(module),), dict(forward=lambda self, *rest: None))
+    assert type(module).forward.__module__ == written
+    make_tower(clip)
+
+
+def test_the_head_of_a_timm_model_may_change_inside(pixels):
+    model = build("timm's ViT")
+    with token_reduction(model, Reducer()):
+        model.reset_classifier(3)
+        assert model(pixels).shape == (3, 3)
+
+
 @pytest.mark.parametrize("name", ["ViT", "DINOv2", "CLIP"])
 def test_fewer_heads_than_the_configuration_says_are_refused(name, pixels):
     model = build(name)
@@ -667,9 +710,8 @@ def test_fewer_heads_than_the_configuration_says_are_refused(name, pixels):
         for part in (block.q, block.k, block.v):
             part.weight.data, part.bias.data, part.out_features = part.weight.data[:width], part.bias.data[:width], width
         attention = getattr(block.attention, "attention", block.attention)
-        for heads in ("num_attention_heads",):
-            if hasattr(attention, heads):
-                setattr(attention, heads, 1)
+        if hasattr(attention, "num_attention_heads"):
+            attention.num_attention_heads = 1
     assert module.config.num_attention_heads == 3
     with pytest.raises(TypeError, match="layer 0 with .* heads"), token_reduction(model, Reducer()):
         pass

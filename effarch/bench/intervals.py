@@ -29,7 +29,8 @@ class Estimate(NamedTuple):
         """'1.82 [1.72, 1.98]', for titles and what cells print; 'not measured' without a value."""
         if math.isnan(self.value):
             return "not measured"
-        return f"{self.value:.2f}" + ("" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]")
+        value, low, high = (f"{v:.2f}" if abs(v) > 0.095 or not v else f"{v:.2g}" for v in self)
+        return value + ("" if math.isnan(self.low) else f" [{low}, {high}]")
 
 
 def decide(estimate, above=None, below=None, between=None):

@@ -202,7 +202,7 @@ class Table:
         good = {case: row for case, row in rows.items() if row["status"] == "ok"}
         earlier = {case: old.get(case, {}).get("raw_ms", [])[: self.run.process] for case in good}
         paired = len({tuple(map(len, parts)) for parts in earlier.values()}) == 1  # measured together, then as now
-        if not paired:
+        if good and not paired:
             print(f"{self.name}: the times of earlier processes are left out, as other cases were measured then")
         for case, row in good.items():
             row["raw_ms"] = [*(earlier[case] if paired else []), row["raw_ms"]]

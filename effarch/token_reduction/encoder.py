@@ -274,12 +274,12 @@ def trace_encoder(model, reducer=None, pixel_values=None, image_size=None, image
         pixel_values = weight.new_zeros(images, weight.shape[1], *sides)
     try:
         for part in learning:
-            part.eval()
+            part.training = False
         tokens = run_encoder(tower, pixel_values, reducer, trace=True)
         read_out(model, tower, tokens)
     finally:
         for part in learning:
-            part.train()
+            part.training = True
     return tokens
 
 

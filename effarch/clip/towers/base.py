@@ -73,7 +73,9 @@ class Tower:
         """[(parent, name, part)] of the parts that the loop has looked up, to see later whether they are still in their places."""
         ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp", "layer", "attention")]
         known = {id(part) for one in [*ours, self.pre_norm, self.finish, *self.calls] for part in pieces(one)}
-        return [(parent, name, part) for parent in self.module.modules() for name, part in parent.named_children() if id(part) in known]
+        live = ("fc_norm", "head_drop", "head") if self.library == "timm" else ()  # timm's own forward_head calls what stands there
+        return [(parent, name, part) for parent in self.module.modules() for name, part in parent.named_children()
+                if id(part) in known and not (parent is self.module and name in live)]
 
 
 class Chain:
@@ -94,16 +96,30 @@ def chain(*parts):
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
+def home_of(function):
+    """The package in which a function was written."""
+    return function.__module__.partition(".")[0]
+
+
+def patched(module):
+    """Whether a module has a forward of its own in the place of its class's; not counted: accelerate's hooks, which call that, and what
+    torch.compile made of it."""
+    own = vars(module).get("forward")
+    own = getattr(own, "_torchdynamo_orig_callable", own)
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward and not hasattr(module, "_hf_hook")
+
+
 def as_built(tower):
     """The tower, if its layers compute what the loop computes: TypeError for other heads, another scale, or another forward."""
+    homes = {"torch", "transformers", "timm", "open_clip", home_of(type(tower.module).forward)}  # its own: a copy of a library's file
     for i, block in enumerate(tower.blocks):
-        for part in (getattr(one, "_orig_mod", one) for one in (block.layer, block.attention)):
-            home, patched = type(part).forward.__module__.partition(".")[0], "forward" in vars(part) and not hasattr(part, "_hf_hook")
-            known = home in ("torch", "transformers", "timm", "open_clip") or getattr(part, "plain_attention", False)
-            if patched or not known:
+        inner = getattr(block.attention, "attention", None)  # ViT's and DINOv2's may have one inside
+        for part in (getattr(one, "_orig_mod", one) for one in (block.layer, block.attention, inner) if isinstance(one, nn.Module)):
+            known = home_of(type(part).forward) in homes or getattr(part, "plain_attention", False)
+            if patched(part) or not known:
                 raise TypeError(f"layer {i}: {type(part).__name__} with a forward of its own is not supported: not the layers are called, but their parts "
                                 "(plain_attention = True in its class says that it is softmax attention of q_proj, k_proj, v_proj and out_proj)")
-        attention = getattr(block.attention, "attention", block.attention)  # ViT's and DINOv2's may have one inside
+        attention = block.attention if inner is None else inner
         heads = {getattr(attention, name) for name in ("num_heads", "num_attention_heads") if has(attention, name)}
         size = next((getattr(attention, name) for name in ("head_dim", "attention_head_size") if has(attention, name)), None)
         width = block.q.out_features if has(block.q, "out_features") else None
