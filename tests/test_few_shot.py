@@ -85,7 +85,7 @@ def unit(*shape):
     (dict(features=2 * unit(4, 6)), "features='rows off length 1"),
     (dict(features=unit(4, 6) * torch.nan), "features='rows off length 1"),
     (dict(features=torch.empty(0, 6), labels=torch.empty(0, dtype=torch.long)), "features='rows off length 1 by nan"),
-    (dict(labels=torch.tensor([0, 1, 0])), r"labels=\(3,\).*\(4,\) whole numbers"),
+    (dict(labels=torch.tensor([0, 1, 0])), r"labels=\(\(3,\).*\(4,\) whole numbers"),
     (dict(labels=torch.tensor([0.0, 1, 0, 1])), "whole numbers"),
     (dict(labels=torch.tensor([0, 1, 2, 1])), r"labels=\[0, 2\].*0 to 1"),
     (dict(labels=torch.tensor([0, -1, 0, 1])), r"labels=\[-1, 1\]"),

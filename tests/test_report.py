@@ -496,7 +496,7 @@ def test_readme_blocks_are_filled_and_prose_is_kept(world):
     assert "**Sequence models** on Tesla T4, where a line does not name another:" in words and "Measured on CPUs so far" not in words
     assert [reading.Place(world, "ssm", slug).gpu for slug in ("tesla-t4", "nvidia-h100", "cpu-amd-epyc-2t")] == [True, True, False]
     assert "**Sequence models** on Tesla T4" and "- *Is fast faster?* **Yes: 0.33× the time.**" in words
-    assert " [25 rounds in 2 runs]\n" in words and " · 25 rounds in 2 runs]\n" in words and "[ssm_demo](results/ssm/tesla-t4/ssm_demo.ipynb)" in words
+    assert " [25 rounds in 2 runs]\n" in words and " [Intel Xeon 2.20GHz, 2 threads · 25 rounds]\n" in words and "[ssm_demo](results/ssm/tesla-t4/ssm_demo.ipynb)" in words
     assert "File → Upload notebook" in words and "colab-badge" not in words
     for target in re.findall(r"\]\(([^)]+)\)", words):
         assert target.startswith("https://") or target in ("ssm", "vlm") or (world / target).exists(), target

@@ -208,7 +208,7 @@ def tokens(axes, place):
     axes.plot(100, 0, "k*", markersize=0.9 * text_size(), linestyle="none")
     left = min(x for x, *_ in names) - 1
     room = name_share(axes, [label for label, _ in series])
-    axes.set(xlabel="multiply-adds left, %", ylabel="accuracy, change in points", xlim=(left - (102 - left) * room / (1 - room), 102))
+    axes.set(xlabel="multiply-adds left, %", ylabel="accuracy, points", xlim=(left - (102 - left) * room / (1 - room), 102))
     ticks = [t for t in range(10, 101, 10) if t >= left - 5]
     axes.set_xticks(ticks[::-1][::2][::-1] if len(ticks) > 5 else ticks)
     axes.yaxis.set_major_locator(MaxNLocator(5))
