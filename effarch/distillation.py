@@ -412,12 +412,10 @@ def smallest_rank(fit, largest, tolerance, falls=True):
 
     falls: whether the error falls with the rank; a state space's need not: then all ranks are tried, the smallest first."""
     best = fit(largest) if falls else each_rank(fit, largest, tolerance)
-    if best.error <= tolerance and not falls:
-        return best
     if best.error > tolerance:
         raise ValueError(f"tolerance={tolerance!r} is not allowed; allowed for method {best.method!r} on this kernel: "
                          f"at least {best.error:.3g}, reached at rank {best.rank}")
-    low, high = 0, largest  # fails at low, works at high
+    low, high = 0 if falls else best.rank - 1, best.rank  # fails at low, works at high
     while high - low > 1:
         middle = (low + high) // 2
         form = fit(middle)

@@ -38,14 +38,13 @@ def decide(estimate, above=None, below=None, between=None):
 
     estimate: an Estimate, or a plain number that is exact (a count, a formula). NaN anywhere, or an interval of width
     zero, which too few or all equal values make: undecided."""
-    ends = [above, below] if between is None else [*between, 0]
-    check(any(v is not None for v in ends) and (between is None or ends[0] <= ends[1]), "above, below, between", (above, below, between),
+    least, most = between if between is not None else (above, below)
+    check((least, most) != (None, None) and (between is None or least <= most), "above, below, between", (above, below, between),
           "one limit or two, the lower first")
     exact = not isinstance(estimate, tuple)
     value, low, high = (estimate,) * 3 if exact else estimate
     if any(v is None or math.isnan(v) for v in (value, low, high)) or not (exact or low < high):
         return None
-    least, most = between if between is not None else (above, below)
     inside = (least is None or low > least) and (most is None or high < most)
     outside = (least is not None and high <= least) or (most is not None and low >= most)
     return True if inside else False if outside else None

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL, encode, interval_bars, series_style
 from lab.report.findings import BASELINE, find, original
 from lab.report.select import Missing, Times, rows
+from lab.report.text import answer_parts
 
 TEXT = 24  # points, on the poster
 STYLE = {"font.size": TEXT, "axes.titlesize": TEXT, "axes.labelsize": TEXT, "xtick.labelsize": TEXT, "ytick.labelsize": TEXT,
@@ -283,7 +284,7 @@ def stamped(png, mark):
 def verdict_at(report, key, place):
     """The verdict that a finding has at a place: 'No: 1.8× the time'; '' where it has none."""
     mine = report.findings[(report.findings["key"] == key) & (report.findings["place"] == place.path)]
-    return re.match(r"\*\*(.*?)\.?\*\*", mine["answer"].iloc[0])[1] if len(mine) else ""
+    return answer_parts(mine["answer"].iloc[0])[0].removesuffix(".") if len(mine) else ""
 
 
 def headlines(report):

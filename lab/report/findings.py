@@ -170,14 +170,14 @@ def s6_speed(length):
     return Times("scan_speed", dict(variant="S6 mambapy pscan"), dict(variant="S6 (ours)"), {"pass": "forward+backward", "length": length})
 
 
-def layer_speed(other, length=max):
-    """Time of another whole layer over that of our Mamba-2 layer."""
-    return Times("scan_layers", other, MAMBA2, dict(length=length))
+def layer_speed(one, other, length=max, **more):
+    """Time of one whole layer over that of another."""
+    return Times("scan_layers", one, other, dict(length=length), **more)
 
 
-def decode_speed(context=max):
-    """Time a token of attention over that of a Mamba-2 layer."""
-    return Times("scan_decode", ATTENTION, dict(variant="Mamba-2"), dict(context=context))
+def decode_speed(one, other, context=max):
+    """Time a token of one layer over that of another."""
+    return Times("scan_decode", one, other, dict(context=context))
 
 
 def routed(other):
@@ -311,21 +311,21 @@ FINDINGS = [
         below="Yes: {short} the error.", above="No: {short} the error.",
         beside=dict(full=signal_error("airport", "SplitMRSS α=0.5, aligned", "Dilated twin α=0.5, aligned"))),
     Finding(
-        "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION),
+        "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION, MAMBA2),
         "At {length} tokens a whole Mamba-2 layer, with the scan written here, is {value} as fast as an attention layer, each in its faster precision; at {early_length} "
         "attention is {early} as fast.",
         below="Attention, up to {length} tokens.", above="Our Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
         more="Width {size_width}, {size_states} states, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
              "MLP here. With 64 states Mamba-2 leads {few_told}.",
-        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=Times("scan_layers", MAMBA2, ATTENTION, dict(length=min)),
-                    size=Times("scan_layers", ATTENTION, MAMBA2, dict(length=max), words=("width", "states", "params_over_attention")),
+        beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(MAMBA2, ATTENTION, min),
+                    size=layer_speed(ATTENTION, MAMBA2, words=("width", "states", "params_over_attention")),
                     few=Start("scan_layers", ATTENTION, FEW_STATES, "length", "attention"))),
     Finding(
-        "scan_decode", LAYERS, "Does a state decode faster than a cache?", decode_speed(),
+        "scan_decode", LAYERS, "Does a state decode faster than a cache?", decode_speed(ATTENTION, dict(variant="Mamba-2")),
         "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer; after {early_context} attention decodes {early} as fast.",
         below="No, up to {context} tokens.", above="Yes, {start_told}.",
         beside=dict(start=Start("scan_decode", ATTENTION, dict(variant="Mamba-2"), "context", "attention"),
-                    early=Times("scan_decode", dict(variant="Mamba-2"), ATTENTION, dict(context=min)))),
+                    early=decode_speed(dict(variant="Mamba-2"), ATTENTION, min))),
     Finding(
         "scan_library", SCAN, "Is our scan the fastest in PyTorch?", scan_form(),
         "Mamba-2's scan of {length} tokens with {states} states is {value} as fast as the four sums of its paper, written plainly, with their best chunk "

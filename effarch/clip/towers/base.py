@@ -62,17 +62,19 @@ class Tower:
     pools_all: bool = False  # whether `pool` reads more than the CLS token although there are tokens in front
     output: Callable | None = None  # (last, pooled, hidden states, pixels) → what the module returns; None: the usual
 
+    def called(self):
+        """The modules that the loop calls, each with all that is in it."""
+        ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp")]
+        return [piece for one in [*ours, self.pre_norm, self.finish, *self.calls] for piece in pieces(one)]
+
     def skipped(self):
         """{name: part} of the modules that the loop does not call, so that hooks on them would not run."""
-        ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp")]
-        ours += [self.pre_norm, self.finish, *self.calls]
-        called = {id(part) for one in ours for piece in pieces(one) for part in piece.modules()}
+        called = {id(part) for piece in self.called() for part in piece.modules()}
         return {name: part for name, part in self.module.named_modules() if name and id(part) not in called}
 
     def places(self):
         """[(parent, name, part)] of the parts that the loop has looked up, to see later whether they are still in their places."""
-        ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp", "layer", "attention")]
-        known = {id(part) for one in [*ours, self.pre_norm, self.finish, *self.calls] for part in pieces(one)}
+        known = set(map(id, [*self.called(), *(part for block in self.blocks for part in (block.layer, block.attention))]))
         live = ("fc_norm", "head_drop", "head") if self.library == "timm" else ()  # timm's own forward_head calls what stands there
         return [(parent, name, part) for parent in self.module.modules() for name, part in parent.named_children()
                 if id(part) in known and not (parent is self.module and name in live)]
