@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("ssm", "vlm")
 MODES = ("auto", "quick", "full", "smoke")
 CELL_TIMEOUT_S = {"smoke": 600}  # other modes: an hour a cell
+REDRAW_MINUTES = 2.0  # of one notebook, about
 
 
 class UsageError(Exception):
@@ -53,11 +54,15 @@ def parse(argv):
                         "smoke: .scratch)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N",
                         help="processes of each notebook, whose times are pooled (published results: at least 3)")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: make the figures, tables and executed copies "
+                        "of published results again with today's code, from their rows (minutes)")
     parser.add_argument("--python", metavar="PY", help="run in this interpreter's environment, without .venv")
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.repeat < 1:
         raise UsageError(f"--repeat {options.repeat}: a whole number of at least 1")
+    if options.redraw and (options.repeat > 1 or options.mode != "auto"):
+        raise UsageError("--redraw: without --mode and --repeat, which are those of the results that are drawn again")
     return options
 
 
@@ -264,6 +269,16 @@ def move_into_place(staging, out, place):
         raise
 
 
+def published(path, out):
+    """The provenance file of a notebook's newest results below `out`, of a first look only where there are no others."""
+    found = [(p.parent.relative_to(out / "results" / path.parent.name).parts[0].endswith("-quick"), p)
+             for p in (out / "results" / path.parent.name).rglob(f"{path.stem}.env.json")]
+    if not found:
+        raise UsageError(f"--redraw: no results of {path.stem} in {out / 'results'}")
+    found = [p for quick, p in found if quick == all(q for q, _ in found)]
+    return max(found, key=lambda p: read(p)["utc_time"])
+
+
 def run_one(path, values, mode, out, repeat=1):
     """Execute a notebook, in `repeat` processes one after the other, and file what it made.
 
@@ -306,6 +321,9 @@ def run_one(path, values, mode, out, repeat=1):
 
 def make_plan(options, notebooks, out):
     """(mode, Plan) of a run, printed."""
+    if options.redraw:
+        print(f"drawn again, nothing is measured: {', '.join(path.stem for path in notebooks)}")
+        return "auto", Plan([Cost(0, REDRAW_MINUTES)] * len(notebooks), None)
     mode = options.mode if options.mode != "auto" else "full" if this_device()[2] else "quick"
     costs = [cost(path, mode, {out, ROOT}) for path in notebooks]
     costs = [Cost(*(options.repeat * minutes for minutes in c)) for c in costs]
@@ -328,6 +346,7 @@ def run(options):
     out = Path(options.out).expanduser().resolve() if options.out else ROOT
     if options.mode == "smoke" and not options.out:
         out = ROOT / ".scratch"
+    results = [published(path, out) if options.redraw else None for path in notebooks]
     held = lock(out / ".staging")
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     papermill_log = logging.getLogger("papermill")
@@ -338,11 +357,13 @@ def run(options):
     for i, (path, values) in enumerate(zip(notebooks, chosen, strict=True), 1):
         share, minutes, left = plan.next()
         os.environ["EFFARCH_SECONDS_SHARE"] = f"{share:.2f}"
+        os.environ["EFFARCH_REDRAW"] = str(results[i - 1] or "")
         print(f"\n== {i}/{len(notebooks)} {path.relative_to(ROOT).as_posix()}: about {told(minutes)}, "
               f"{told(left)} left ==", flush=True)
         begin = time.monotonic()
         try:
-            status, message, where = run_one(path, values, mode, out, options.repeat)
+            mode_now = read(results[i - 1])["mode"] if options.redraw else mode
+            status, message, where = run_one(path, values, mode_now, out, options.repeat)
         except Exception as error:  # a full disk, say: what is finished lies in the staging folder, the others still run
             status, message, where = "failed", f"{type(error).__name__}: {error}", out / ".staging" / path.stem
         taken = f"{(time.monotonic() - begin) / 60:.1f}"

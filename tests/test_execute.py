@@ -50,6 +50,9 @@ raise RuntimeError("on purpose")'''
     (["--set", "MODE=quick"], "use --mode"),
     (["--repeat", "0"], "--repeat 0: a whole number of at least 1"),
     (["--repeat", "two"], "--repeat"),
+    (["--redraw"], "--redraw: no results of good in"),
+    (["--redraw", "--repeat", "3"], "--redraw: without --mode and --repeat"),
+    (["--redraw", "--mode", "full"], "--redraw: without --mode and --repeat"),
 ])
 def test_bad_words_are_refused_in_one_line(project, words, said):
     folder, run = project
@@ -344,6 +347,60 @@ def test_repeated_runs_are_pooled_in_one_result(project):
     assert facts["processes"] == 3 and len(facts["process_seconds"]) == 3
     assert "process 2 ends" in csv.with_name("timed.ipynb").read_text(), "the last one is kept"
     assert not list(folder.rglob("*.journal"))
+
+
+DRAWN = '''import time
+table, checks = Table(run, "drawn", ["kind", "share", "size"]), Table(run, "drawn_checks", ["check"], checked=True)
+checks.add(dict(check="today's", value=run.settings.STEPS))
+for size in (None, 8, (1, 2)):
+    if not table.has(kind="made", size=size):
+        table.add(dict(kind="made", share=1 / 3, size=size, value=time.time() % 1, whole=[1, 2.5], small=size == 8, text="[no list"))
+row = table.find(kind="made", size=8)[0]
+assert row["whole"] == [1, 2.5] and row["small"] is True and row["value"] > 0, row
+rows = table.compare({"a": lambda: time.sleep(.001), "b": lambda: None}, name="kind", ratios={"ratio": "b"}, share=0.5, size=1)
+assert all(len(row["raw_ms"]) == run.process + 1 for row in rows.values())
+table.add(rows["a"] | dict(twice=2 * rows["a"]["n_runs"]))
+table.save()
+checks.save()
+fig, ax = plt.subplots()
+save_figure(run, fig, "drawn", "TITLE")
+run.finish()'''
+
+
+def test_published_rows_are_drawn_again_and_nothing_is_measured(project):
+    folder, run = project
+    tiny_notebook(folder / "ssm/drawn.ipynb", DRAWN)
+    done = run("--mode", "full", "--repeat", "2", "--set", "SECONDS=0.2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (csv,) = folder.glob("results/ssm/*/drawn.csv")
+    tables, facts = {p: p.read_bytes() for p in csv.parent.glob("*.csv")}, read_json(csv.with_name("drawn.env.json"))
+    assert len(tables) == 3
+    tiny_notebook(folder / "ssm/drawn.ipynb", DRAWN.replace("TITLE", "another title"))
+    done = run("--redraw")
+    assert done.returncode == 0 and "drawn again" in done.stdout, done.stdout + done.stderr
+    assert "another result" not in done.stdout and {p: p.read_bytes() for p in tables} == tables
+    again = read_json(csv.with_name("drawn.env.json"))
+    assert again.pop("redrawn")["utc_time"] > again["utc_time"] and again == facts
+    with Image.open(next(folder.glob("figures/ssm/*/drawn.png"))) as image:
+        assert image.info["Description"] == "another title"
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("(None, 8, (1, 2))", "(None, 8, 9)", "--redraw: drawn.csv has no row for kind made, size 9: run this notebook without"),
+    ('"b": lambda: None', '"b": lambda: None, "c": lambda: 1', "drawn.csv has no row for share 0.5, size 1, kind c:"),
+    ('"a": lambda: time.sleep(.001), "b"', '"b"', "KeyError: 'a'"),
+    ('Table(run, "drawn", ', 'Table(run, "other", ', "allowed: a table that an earlier run has made"),
+    ('table.add(rows["a"] |', 'table.add(rows["a"] | dict(raw_ms=[[1.0], [2.0]]) |', "has no row for kind a, share 0.5, size 1"),
+])
+def test_a_row_that_has_to_be_measured_ends_a_redrawing(project, old, new, said):
+    folder, run = project
+    tiny_notebook(folder / "ssm/drawn.ipynb", DRAWN)
+    assert run("--mode", "smoke", "--out", ".").returncode == 0
+    before = {p: p.read_bytes() for p in (folder / "results").rglob("*") if p.is_file()}
+    tiny_notebook(folder / "ssm/drawn.ipynb", DRAWN.replace(old, new))
+    done = run("--redraw")
+    assert done.returncode == 1 and said in done.stderr, done.stdout + done.stderr
+    assert {p: p.read_bytes() for p in before} == before
 
 
 def test_a_process_that_fails_ends_the_notebook(project):

@@ -47,6 +47,9 @@ def start(name, parameters, weights="", **settings):
     torch.manual_seed(run.seed)
     keep_freed_memory()
     where = "Colab" if "google.colab" in sys.modules else platform.system()
+    if run.published:
+        print(f"drawn again, at commit {run.drawn['git_commit'] or 'unknown'}, from rows that were measured before; what follows tells "
+              f"of that run. Cells without a table, such as Try your own, ran on {run.drawn['device']}")
     print(f"{run.mode} mode on {run.row['device']} ({run.row['num_threads']} threads, {where}), torch {torch.__version__}, "
           f"python {run.row['python']}, seed {run.seed}, commit {run.row['git_commit'] or 'unknown'}"
           f"{' + local changes' if run.row['git_dirty'] else ''}")
@@ -73,20 +76,33 @@ class Run:
         check(out is None or isinstance(out, str) and out.strip(), "OUT", out, "None or a folder")
         cuda = torch.cuda.is_available()
         self.mode = mode if mode != "auto" else ("full" if cuda else "quick")
+        # `run_all.sh --redraw` names the provenance of a run whose rows are drawn again: nothing is measured
+        self.published = Path(os.environ["EFFARCH_REDRAW"]) if os.environ.get("EFFARCH_REDRAW") else None
+        facts = json.loads(self.published.read_text(encoding="utf-8")) if self.published else None
+        if facts:
+            self.mode, self.seed = facts["mode"], facts["seed"]
         self.smoke, self.started = self.mode == "smoke", time.monotonic()
         if self.smoke:
             torch.set_num_threads(1)  # two threads on a busy machine take five times as long
         self.device = torch.device("cuda" if cuda else "cpu")
         self.settings = SimpleNamespace(**{
             name: setting.resolve(name, parameters[name], self.mode, cuda) for name, setting in settings.items()})
+        vars(self.settings).update({k: v for k, v in (facts or {}).get("settings", {}).items() if k in settings})
         # `run_all.sh` shortens comparisons where all notebooks together would take too long …
         self.seconds_share = float(os.environ.get("EFFARCH_SECONDS_SHARE", 1)) if parameters["SECONDS"] is None else 1.0
         self.settings.SECONDS *= self.seconds_share
         # … and with `--repeat 3` runs a notebook in three processes, whose times are pooled
         self.process, self.processes = map(int, os.environ.get("EFFARCH_PROCESS", "0/1").split("/"))
+        if facts:  # as the last of its processes would
+            self.process, self.processes = facts["processes"] - 1, facts["processes"]
         self.slug = device_slug(self.device)
         self.root = output_root(out, self.mode)
         place = Path(self.suite) / (self.slug + ("-quick" if self.mode == "quick" else "")) / weights
+        if self.published:
+            *_, here = self.published.parent.as_posix().rpartition("results/")
+            here = Path(here)
+            check(here.parts[2:] == place.parts[2:], "--redraw", here.as_posix(), f"results of the same checkpoint, {weights or 'none'}")
+            place = here
         self.results, self.figures = self.root / "results" / place, self.root / "figures" / place
         for folder in (self.results, self.figures):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +117,8 @@ class Run:
             python=platform.python_version(), num_threads=torch.get_num_threads(), weights=weights,
             git_commit=commit, git_dirty=dirty, seed=self.seed, utc_time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
             mode=self.mode)
+        self.drawn = {k: self.row[k] for k in ("device", "git_commit", "git_dirty", "utc_time")}
+        self.row |= {k: v for k, v in (facts or {}).items() if k in self.row}
         self.comparing, self.continued = 0.0, False  # seconds spent in comparisons; whether an interrupted run goes on
         self.inputs = {}  # hashes of what is read (weights, images): with others a table begins anew
         self.facts = {}  # anything a notebook wants in the long provenance: checkpoint revision, templates, …
@@ -126,6 +144,11 @@ class Run:
     def finish(self):
         """Write `<notebook>.env.json`; after the last process drop the journals (nothing is left to continue)."""
         path, seconds = self.results / f"{self.notebook}.env.json", round(time.monotonic() - self.started, 1)
+        if self.published:
+            long = json.loads(self.published.read_text(encoding="utf-8")) | dict(redrawn=self.drawn)
+            write_atomically(path, json.dumps(long, indent=1) + "\n")
+            print(f"drawn again in {seconds / 60:.1f} min")
+            return
         earlier = json.loads(path.read_text(encoding="utf-8"))["process_seconds"] if self.process and path.exists() else []
         packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
         long = dict(

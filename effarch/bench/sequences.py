@@ -16,7 +16,7 @@ class Agreement:
     """Asserts that two results agree, prints it with the largest error, and keeps it as a row of `<name>.csv`."""
 
     def __init__(self, run, name):
-        self.table = Table(run, name, key=["check"])
+        self.table = Table(run, name, key=["check"], checked=True)
 
     def __call__(self, what, ours, theirs, tolerance):
         """ours, theirs: tensors, or lists of tensors; tolerance: of the largest absolute difference. → that difference."""

@@ -9,12 +9,13 @@ import time
 import pandas as pd
 
 from effarch.bench.intervals import UNKNOWN, Estimate, ratio_interval, with_interval
-from effarch.bench.run import cells_fingerprint, code_fingerprint, write_atomically
+from effarch.bench.run import cells_fingerprint, code_fingerprint, label, write_atomically
 from effarch.bench.timing import compare, summary
 from effarch.checks import check, is_number
 
 # kept for as long as this process lives: a second run on the same files is refused, a dead one frees them
 _open_journals = {}
+PUBLISHED = "the published run"  # made the rows that `--redraw` takes over
 
 
 def value_of(table, column, **where):
@@ -31,10 +32,12 @@ class Table:
     code, parameters, weights, images, device and versions finds them there (`has`) and goes on. A row counts as there only while the
     cells run so far are those that made it: after an edit it is measured again. In the second and later processes of
     `run_all.sh --repeat`, times are measured again and pooled; everything else is taken over. What failed in one process
-    stays failed."""
+    stays failed. With `run_all.sh --redraw` all rows are those of the CSV, and one that is not there is an error;
+    checked: rows are checks, which are always made again."""
 
-    def __init__(self, run, name, key):
+    def __init__(self, run, name, key, checked=False):
         self.run, self.name, self.key = run, name, list(key)
+        self.taken = run.published and not checked
         self.path = run.results / f"{name}.csv"
         self.journal = run.results / f".{run.notebook}.{name}.journal"
         same = ("suite", "notebook", "mode", "device", "weights", "seed", "torch", "cuda", "transformers",
@@ -53,7 +56,7 @@ class Table:
             raise RuntimeError(f"another run is writing {self.path.name} in {run.results}: wait for it, "
                                "or set OUT to another folder") from None
         _open_journals[str(self.journal)] = self.file
-        self._recover()
+        self._take_over() if self.taken else self._recover()
 
     @property
     def rows(self):
@@ -86,8 +89,32 @@ class Table:
             self.file.truncate(0)
             self._append(self.identity)
 
+    def _take_over(self):
+        """Take the rows of the published CSV, and their raw times, for those that are there."""
+        table, raw = self.run.published.with_name(self.path.name), self.run.published.with_name(f"{self.name}_raw.csv")
+        check(table.exists(), "--redraw", table.name, "a table that an earlier run has made: this one has to be measured")
+        self.file.truncate(0)
+        for row in rows_of(table, self.run.row):
+            self._put(self._waiting, dict(rows=[row], made_by=PUBLISHED))
+        for row in rows_of(raw, self.run.row) if raw.exists() else []:
+            parts = self._waiting[self._key_of(row)].setdefault("raw_ms", [])
+            parts += [[] for _ in range(row["process"] + 1 - len(parts))]
+            parts[row["process"]].append(row["latency_ms"])
+
+    def _tell_changes(self):
+        """Say where what is computed again (nothing is measured) differs from the published table."""
+        lost = self._waiting.keys() - self._rows.keys()
+        columns = sorted({column for key, row in self._rows.items() for column, value in row.items()
+                          if column != "raw_ms" and differ(value, self._waiting[key].get(column))})
+        if lost or columns:
+            print(f"{self.name}: {len(lost)} published rows are left out; computed again, with another result: {', '.join(columns) or 'none'}")
+
+    def _lacking(self, where):
+        """The error of a row that `--redraw` does not find."""
+        raise ValueError(f"--redraw: {self.path.name} has no row for {label(where)}: run this notebook without --redraw")
+
     def _key_of(self, row):
-        return tuple(json.dumps(row[k]) for k in self.key)
+        return tuple(spelled(row.get(k)) for k in self.key)
 
     def _put(self, place, entry):
         for row in entry["rows"]:
@@ -103,7 +130,7 @@ class Table:
         """{key: row} with these values that the cells run so far have made, here or before an interruption."""
         code, both, where = cells_fingerprint(), self._waiting | self._rows, as_kept(where)
         return {key: row for key, row in both.items()
-                if self._made_by[key] == code and all(row.get(k) == v for k, v in where.items())}
+                if self._made_by[key] in (code, PUBLISHED) and all(spelled(row.get(k)) == spelled(v) for k, v in where.items())}
 
     def _fresh(self, row):
         """False for a row whose times this process has yet to measure."""
@@ -112,7 +139,7 @@ class Table:
     def find(self, **where):
         """The rows (dicts) whose columns have these values."""
         where = as_kept(where)
-        return [row for row in self.rows if all(row.get(k) == v for k, v in where.items())]
+        return [row for row in self.rows if all(spelled(row.get(k)) == spelled(v) for k, v in where.items())]
 
     def best(self, column, most=False, **where):
         """The row with the least (most=True: the greatest) finite value of a column among those that are ok and have these values; None if none has."""
@@ -137,6 +164,8 @@ class Table:
         found = self._there(where)
         there = bool(found) and all(map(self._fresh, found.values()))
         self._rows |= found if there else {}
+        if self.taken and not there:
+            self._lacking(where)
         return there
 
     def add(self, rows):
@@ -149,6 +178,10 @@ class Table:
             raw = row.get("raw_ms") or []
             row |= dict(raw_ms=[raw]) if len(raw) and not isinstance(raw[0], (list, tuple)) else {}
         code, parts = cells_fingerprint(), {}
+        for row in rows if self.taken else []:
+            before = self._waiting.get(self._key_of(as_kept(row)))
+            if before is None or row.get("raw_ms") and row["raw_ms"] != before.get("raw_ms"):
+                self._lacking({k: row[k] for k in self.key})
         for row in as_kept([dict(self.run.row, **row) for row in rows]):
             key = self._key_of(row)
             same = row.get("raw_ms") and row["raw_ms"] == self._rows.get(key, {}).get("raw_ms")  # columns for a row that another cell measured
@@ -175,6 +208,8 @@ class Table:
         if set(old) == set(cases) and all(map(self._fresh, old.values())):
             self._rows |= there
             return old
+        if self.taken:
+            self._lacking(where | {name: ", ".join(map(str, set(cases) - set(old)))})
         failed = {case: row for case, row in old.items() if self.run.process and row["status"] != "ok"}
         rows = self._measure({case: fn for case, fn in cases.items() if case not in failed}, columns, old)
         for case, row in rows.items():
@@ -212,17 +247,49 @@ class Table:
 
     def save(self):
         """Write the CSV and, where there are raw times, `<name>_raw.csv`; returns the table."""
-        raw = [dict({k: row[k] for k in ["run_id", *self.key]}, process=process, i=i, latency_ms=ms)
+        if self.taken:
+            self._tell_changes()
+        raw = [dict({k: row[k] for k in self.key}, process=process, i=i, latency_ms=ms)
                for row in self.rows for process, part in enumerate(row.get("raw_ms") or []) for i, ms in enumerate(part)]
         table = pd.DataFrame([{k: v for k, v in row.items() if k != "raw_ms"} for row in self.rows],
                              columns=None if self.rows else [*self.key, "status"])
         front = [*self.key, *(c for c in table if c not in self.key and c not in self.run.row)]
+        if self.taken:  # as they stood
+            before = [c for c in read_csv(self.run.published.with_name(self.path.name)) if c not in self.run.row]
+            front = [*before, *(c for c in front if c not in before)]
         front = [c for c in front if c in table]  # the sweep first, the provenance last
-        table = table[[*front, *(c for c in table if c not in front)]]
+        table = table[[*front, *(c for c in self.run.row if c in table and c not in front)]]
         write_csv(self.path, table)
         if raw:
             write_csv(self.path.with_name(f"{self.name}_raw.csv"), pd.DataFrame(raw))
         return read_csv(self.path)
+
+
+def rows_of(path, provenance):
+    """The rows (dicts) of a CSV, as near as it can tell to those that were written: whole numbers, lists, no empty cells but NaN."""
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={k: str for k, v in provenance.items() if isinstance(v, str)})
+    numbers = set(table.select_dtypes("number"))
+    for column in table.select_dtypes("float"):
+        if table[column].isna().any() and (table[column].dropna() % 1 == 0).all():
+            table[column] = table[column].astype("Int64").astype(object).where(table[column].notna(), math.nan)
+    return [{k: json.loads(v) if isinstance(v, str) and v[:1] + v[-1:] == "[]" else v for k, v in row.items()
+             if k in numbers or not pd.isna(v)} | {k: "" for k in provenance if k in row and pd.isna(row[k])}
+            for row in table.astype(object).to_dict("records")]
+
+
+def spelled(value):
+    """A value as its cell in the CSV spells it: a row is the same row after reading it back."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
+
+
+def differ(new, old):
+    """Whether a cell says something else; what was computed from numbers of six digits may differ in the last of them."""
+    both = all(is_number(v) and not isinstance(v, bool) for v in (new, old))
+    return not math.isclose(new, old, rel_tol=1e-4) if both else spelled(new) != spelled(old)
 
 
 def plain(value):
