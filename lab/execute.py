@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab.plan import QUICK_LIMIT, Cost, Plan, cost, this_device, told
+from lab.plan import QUICK_LIMIT, START_MINUTES, Cost, Plan, cost, this_device, told
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("ssm", "vlm")
@@ -56,13 +56,17 @@ def parse(argv):
                         help="processes of each notebook, whose times are pooled (published results: at least 3)")
     parser.add_argument("--redraw", action="store_true", help="measure nothing: make the figures, tables and executed copies "
                         "of published results again with today's code, from their rows (minutes)")
+    parser.add_argument("--retime", action="store_true", help="measure only times: what was trained or computed is taken over "
+                        "from published results of this device; with --repeat as for them")
     parser.add_argument("--python", metavar="PY", help="run in this interpreter's environment, without .venv")
     parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.repeat < 1:
         raise UsageError(f"--repeat {options.repeat}: a whole number of at least 1")
-    if options.redraw and (options.repeat > 1 or options.mode != "auto"):
-        raise UsageError("--redraw: without --mode and --repeat, which are those of the results that are drawn again")
+    if options.redraw and (options.repeat > 1 or options.retime):
+        raise UsageError("--redraw: without --repeat and --retime, as nothing is measured")
+    if (options.redraw or options.retime) and options.mode != "auto":
+        raise UsageError(f"--mode {options.mode}: not with --redraw or --retime, which go on from published results")
     return options
 
 
@@ -274,7 +278,7 @@ def published(path, out):
     found = [(p.parent.relative_to(out / "results" / path.parent.name).parts[0].endswith("-quick"), p)
              for p in (out / "results" / path.parent.name).rglob(f"{path.stem}.env.json")]
     if not found:
-        raise UsageError(f"--redraw: no results of {path.stem} in {out / 'results'}")
+        raise UsageError(f"--redraw, --retime: no results of {path.stem} in {out / 'results'}")
     found = [p for quick, p in found if quick == all(q for q, _ in found)]
     return max(found, key=lambda p: read(p)["utc_time"])
 
@@ -324,8 +328,10 @@ def make_plan(options, notebooks, out):
     if options.redraw:
         print(f"drawn again, nothing is measured: {', '.join(path.stem for path in notebooks)}")
         return "auto", Plan([Cost(0, REDRAW_MINUTES)] * len(notebooks), None)
-    mode = options.mode if options.mode != "auto" else "full" if this_device()[2] else "quick"
+    mode = "full" if options.retime or options.mode == "auto" and this_device()[2] else options.mode.replace("auto", "quick")
     costs = [cost(path, mode, {out, ROOT}) for path in notebooks]
+    if options.retime:
+        costs = [Cost(c.timing, 2 * START_MINUTES) for c in costs]
     costs = [Cost(*(options.repeat * minutes for minutes in c)) for c in costs]
     free = any(setting.startswith("SECONDS=") for setting in options.settings)
     plan = Plan(costs, QUICK_LIMIT * options.repeat if mode == "quick" and not free else None)
@@ -346,7 +352,7 @@ def run(options):
     out = Path(options.out).expanduser().resolve() if options.out else ROOT
     if options.mode == "smoke" and not options.out:
         out = ROOT / ".scratch"
-    results = [published(path, out) if options.redraw else None for path in notebooks]
+    results = [published(path, out) if options.redraw or options.retime else None for path in notebooks]
     held = lock(out / ".staging")
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     papermill_log = logging.getLogger("papermill")
@@ -357,12 +363,13 @@ def run(options):
     for i, (path, values) in enumerate(zip(notebooks, chosen, strict=True), 1):
         share, minutes, left = plan.next()
         os.environ["EFFARCH_SECONDS_SHARE"] = f"{share:.2f}"
-        os.environ["EFFARCH_REDRAW"] = str(results[i - 1] or "")
+        os.environ |= dict(EFFARCH_REDRAW="", EFFARCH_RETIME="") | {
+            f"EFFARCH_{'RETIME' if options.retime else 'REDRAW'}": str(results[i - 1] or "")}
         print(f"\n== {i}/{len(notebooks)} {path.relative_to(ROOT).as_posix()}: about {told(minutes)}, "
               f"{told(left)} left ==", flush=True)
         begin = time.monotonic()
         try:
-            mode_now = read(results[i - 1])["mode"] if options.redraw else mode
+            mode_now = read(results[i - 1])["mode"] if results[i - 1] else mode
             status, message, where = run_one(path, values, mode_now, out, options.repeat)
         except Exception as error:  # a full disk, say: what is finished lies in the staging folder, the others still run
             status, message, where = "failed", f"{type(error).__name__}: {error}", out / ".staging" / path.stem

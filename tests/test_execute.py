@@ -50,9 +50,9 @@ raise RuntimeError("on purpose")'''
     (["--set", "MODE=quick"], "use --mode"),
     (["--repeat", "0"], "--repeat 0: a whole number of at least 1"),
     (["--repeat", "two"], "--repeat"),
-    (["--redraw"], "--redraw: no results of good in"),
-    (["--redraw", "--repeat", "3"], "--redraw: without --mode and --repeat"),
-    (["--redraw", "--mode", "full"], "--redraw: without --mode and --repeat"),
+    (["--redraw"], "--redraw, --retime: no results of good in"),
+    (["--redraw", "--repeat", "3"], "--redraw: without --repeat and --retime"),
+    (["--retime", "--mode", "full"], "--mode full: not with --redraw or --retime"),
 ])
 def test_bad_words_are_refused_in_one_line(project, words, said):
     folder, run = project
@@ -383,6 +383,24 @@ def test_published_rows_are_drawn_again_and_nothing_is_measured(project):
     assert again.pop("redrawn")["utc_time"] > again["utc_time"] and again == facts
     with Image.open(next(folder.glob("figures/ssm/*/drawn.png"))) as image:
         assert image.info["Description"] == "another title"
+
+
+def test_only_times_are_measured_again(project):
+    folder, run = project
+    tiny_notebook(folder / "ssm/drawn.ipynb", DRAWN)
+    assert run("--mode", "smoke", "--out", ".").returncode == 0
+    (csv,) = folder.glob("results/ssm/*/drawn.csv")
+    before, facts = pd.read_csv(csv), read_json(csv.with_name("drawn.env.json"))
+    done = run("--retime", "--repeat", "2", "--set", "STEPS=9")
+    assert done.returncode == 0 and "only times are measured" in done.stdout, done.stdout + done.stderr
+    after, raw = pd.read_csv(csv), pd.read_csv(csv.with_name("drawn_raw.csv"))
+    made = after["kind"] == "made"
+    pd.testing.assert_frame_equal(before[made], after[made][[*before]])
+    assert raw["process"].value_counts().to_dict() == {0: 4, 1: 4} and after["n_runs"].max() == 4
+    assert not set(after.loc[~made, "run_id"]) & set(before["run_id"])
+    again = read_json(csv.with_name("drawn.env.json"))
+    assert again["trained"]["run_id"] == facts["run_id"] != again["run_id"] and again["processes"] == 2
+    assert pd.read_csv(csv.with_name("drawn_checks.csv"))["value"].tolist() == [facts["settings"]["STEPS"]], "sizes are the published ones"
 
 
 @pytest.mark.parametrize("old, new, said", [

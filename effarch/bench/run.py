@@ -47,7 +47,9 @@ def start(name, parameters, weights="", **settings):
     torch.manual_seed(run.seed)
     keep_freed_memory()
     where = "Colab" if "google.colab" in sys.modules else platform.system()
-    if run.published:
+    if run.retimed:
+        print(f"only times are measured: what was trained or computed before is taken over from {run.published.parent.name}")
+    if run.redrawn:
         print(f"drawn again, at commit {run.drawn['git_commit'] or 'unknown'}, from rows that were measured before; what follows tells "
               f"of that run. Cells without a table, such as Try your own, ran on {run.drawn['device']}")
     print(f"{run.mode} mode on {run.row['device']} ({run.row['num_threads']} threads, {where}), torch {torch.__version__}, "
@@ -76,8 +78,11 @@ class Run:
         check(out is None or isinstance(out, str) and out.strip(), "OUT", out, "None or a folder")
         cuda = torch.cuda.is_available()
         self.mode = mode if mode != "auto" else ("full" if cuda else "quick")
-        # `run_all.sh --redraw` names the provenance of a run whose rows are drawn again: nothing is measured
-        self.published = Path(os.environ["EFFARCH_REDRAW"]) if os.environ.get("EFFARCH_REDRAW") else None
+        # `run_all.sh --redraw` and `--retime` name the provenance of a run whose rows are taken over: all, or what has no times
+        self.retimed = bool(os.environ.get("EFFARCH_RETIME"))
+        named = os.environ.get("EFFARCH_REDRAW") or os.environ.get("EFFARCH_RETIME")
+        self.published = Path(named) if named else None
+        self.redrawn = bool(named) and not self.retimed
         facts = json.loads(self.published.read_text(encoding="utf-8")) if self.published else None
         if facts:
             self.mode, self.seed = facts["mode"], facts["seed"]
@@ -87,13 +92,14 @@ class Run:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.settings = SimpleNamespace(**{
             name: setting.resolve(name, parameters[name], self.mode, cuda) for name, setting in settings.items()})
-        vars(self.settings).update({k: v for k, v in (facts or {}).get("settings", {}).items() if k in settings})
+        vars(self.settings).update({k: v for k, v in (facts or {}).get("settings", {}).items()
+                                    if k in settings and (k != "SECONDS" or self.redrawn)})
         # `run_all.sh` shortens comparisons where all notebooks together would take too long …
         self.seconds_share = float(os.environ.get("EFFARCH_SECONDS_SHARE", 1)) if parameters["SECONDS"] is None else 1.0
         self.settings.SECONDS *= self.seconds_share
         # … and with `--repeat 3` runs a notebook in three processes, whose times are pooled
         self.process, self.processes = map(int, os.environ.get("EFFARCH_PROCESS", "0/1").split("/"))
-        if facts:  # as the last of its processes would
+        if self.redrawn:  # as the last of its processes would
             self.process, self.processes = facts["processes"] - 1, facts["processes"]
         self.slug = device_slug(self.device)
         self.root = output_root(out, self.mode)
@@ -101,7 +107,8 @@ class Run:
         if self.published:
             *_, here = self.published.parent.as_posix().rpartition("results/")
             here = Path(here)
-            check(here.parts[2:] == place.parts[2:], "--redraw", here.as_posix(), f"results of the same checkpoint, {weights or 'none'}")
+            check(here.parts[2:] == place.parts[2:], "--redraw, --retime", here.as_posix(), f"results of the same checkpoint, {weights or 'none'}")
+            check(self.redrawn or here == place, "--retime", here.as_posix(), f"results of this device, {place.as_posix()}")
             place = here
         self.results, self.figures = self.root / "results" / place, self.root / "figures" / place
         for folder in (self.results, self.figures):
@@ -118,7 +125,7 @@ class Run:
             git_commit=commit, git_dirty=dirty, seed=self.seed, utc_time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
             mode=self.mode)
         self.drawn = {k: self.row[k] for k in ("device", "git_commit", "git_dirty", "utc_time")}
-        self.row |= {k: v for k, v in (facts or {}).items() if k in self.row}
+        self.row |= {k: v for k, v in (facts or {}).items() if k in self.row and self.redrawn}
         self.comparing, self.continued = 0.0, False  # seconds spent in comparisons; whether an interrupted run goes on
         self.inputs = {}  # hashes of what is read (weights, images): with others a table begins anew
         self.facts = {}  # anything a notebook wants in the long provenance: checkpoint revision, templates, …
@@ -144,15 +151,17 @@ class Run:
     def finish(self):
         """Write `<notebook>.env.json`; after the last process drop the journals (nothing is left to continue)."""
         path, seconds = self.results / f"{self.notebook}.env.json", round(time.monotonic() - self.started, 1)
-        if self.published:
+        if self.redrawn:
             long = json.loads(self.published.read_text(encoding="utf-8")) | dict(redrawn=self.drawn)
             write_atomically(path, json.dumps(long, indent=1) + "\n")
             print(f"drawn again in {seconds / 60:.1f} min")
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))["process_seconds"] if self.process and path.exists() else []
+        before = json.loads(self.published.read_text(encoding="utf-8")) if self.published else {}
+        trained = dict(trained={k: before[k] for k in ("run_id", "git_commit", "git_dirty", "utc_time")}) if before else {}
         packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
         long = dict(
-            self.row, finished_utc=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+            self.row, **trained, finished_utc=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
             seconds=round(sum(earlier) + seconds, 1), processes=self.process + 1, process_seconds=[*earlier, seconds],
             comparing_seconds=round(self.comparing, 1), seconds_share=self.seconds_share, continued=self.continued,
             platform=platform.platform(),

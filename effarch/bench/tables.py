@@ -32,12 +32,12 @@ class Table:
     code, parameters, weights, images, device and versions finds them there (`has`) and goes on. A row counts as there only while the
     cells run so far are those that made it: after an edit it is measured again. In the second and later processes of
     `run_all.sh --repeat`, times are measured again and pooled; everything else is taken over. What failed in one process
-    stays failed. With `run_all.sh --redraw` all rows are those of the CSV, and one that is not there is an error;
-    checked: rows are checks, which are always made again."""
+    stays failed. With `run_all.sh --redraw` all rows are those of the CSV, and one that is not there is an error; with
+    `--retime` those without times are. checked: rows are checks, which are always made again."""
 
     def __init__(self, run, name, key, checked=False):
         self.run, self.name, self.key = run, name, list(key)
-        self.taken = run.published and not checked
+        self.checked, self.taken = checked, run.redrawn and not checked
         self.path = run.results / f"{name}.csv"
         self.journal = run.results / f".{run.notebook}.{name}.journal"
         same = ("suite", "notebook", "mode", "device", "weights", "seed", "torch", "cuda", "transformers",
@@ -65,6 +65,12 @@ class Table:
 
     def _recover(self):
         """Read what an interrupted run (or an earlier process) of the same kind left, else begin an empty journal."""
+        before = self.run.published and self.run.published.with_name(self.path.name)
+        if before and before.exists() and not self.checked:  # only times are measured: all that has none is taken over
+            timed = {self._key_of(row) for row in self._raw_rows()}
+            for row in rows_of(before, self.run.row):
+                if row["status"] == "ok" and self._key_of(row) not in timed:
+                    self._put(self._waiting, dict(rows=[row], made_by=PUBLISHED))
         self.file.seek(0)
         entries, good = [], 0
         for line in self.file:
@@ -91,15 +97,20 @@ class Table:
 
     def _take_over(self):
         """Take the rows of the published CSV, and their raw times, for those that are there."""
-        table, raw = self.run.published.with_name(self.path.name), self.run.published.with_name(f"{self.name}_raw.csv")
+        table = self.run.published.with_name(self.path.name)
         check(table.exists(), "--redraw", table.name, "a table that an earlier run has made: this one has to be measured")
         self.file.truncate(0)
         for row in rows_of(table, self.run.row):
             self._put(self._waiting, dict(rows=[row], made_by=PUBLISHED))
-        for row in rows_of(raw, self.run.row) if raw.exists() else []:
+        for row in self._raw_rows():
             parts = self._waiting[self._key_of(row)].setdefault("raw_ms", [])
             parts += [[] for _ in range(row["process"] + 1 - len(parts))]
             parts[row["process"]].append(row["latency_ms"])
+
+    def _raw_rows(self):
+        """The rows of the published raw times, none where there is no such file."""
+        raw = self.run.published.with_name(f"{self.name}_raw.csv")
+        return rows_of(raw, self.run.row) if raw.exists() else []
 
     def _tell_changes(self):
         """Say where what is computed again (nothing is measured) differs from the published table."""
