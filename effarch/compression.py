@@ -11,7 +11,7 @@ from torch import nn
 
 from effarch.checks import check, check_count, check_share
 from effarch.clip.captioned import clip_features
-from effarch.low_rank import Moment, compensate, linear
+from effarch.low_rank import Moment, compensate, linear, plain
 from effarch.masking import Recipe, Trainer, contrastive_loss
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # as in arXiv 1712.01312
@@ -145,7 +145,8 @@ def slice_units(model, kept, groups, values=None, moments=None):
     """A copy of a CLIPModel (transformers 5) in which only the `kept` units are left, as smaller nn.Linear layers.
 
     kept: as from `kept_within`. values (n,): of gates, multiplied into what is left. moments: {(tower, layer, kind): Moment} of
-    all units' outputs; then least squares makes up for those that leave. ValueError where a group would be empty."""
+    all units' outputs; then least squares makes up for those that leave. ValueError where a group would be empty, TypeError for layers
+    with an adapter (merge_and_unload() first)."""
     new = copy.deepcopy(model)
     layers, begin = tower_layers(new), 0
     for group, index in zip(groups, kept, strict=True):
@@ -156,9 +157,9 @@ def slice_units(model, kept, groups, values=None, moments=None):
         size = owner.head_dim if heads else 1
         rows = (index[:, None] * size + torch.arange(size)).flatten().to(layer.mlp.fc1.weight.device)
         for name in before:
-            old = getattr(owner, name)
+            old = plain(nn.Linear, getattr(owner, name))
             setattr(owner, name, linear(old.weight[rows], old.bias[rows], old.weight))
-        old = getattr(owner, after)
+        old = plain(nn.Linear, getattr(owner, after))
         weight, bias = old.weight[:, rows], old.bias
         if values is not None:
             weight = weight * values[begin:begin + group.count][index.to(values.device)].repeat_interleave(size).to(weight)
@@ -317,8 +318,8 @@ def unit_scores(model, groups, rule, moments=None):
     for group in groups:
         layer = tower_layers(model)[group.tower][group.layer]
         *before, after = [getattr(layer.self_attn, f"{name}_proj") for name in ("q", "k", "v", "out")] if group.kind == "heads" else [layer.mlp.fc1, layer.mlp.fc2]
-        after = after.weight.square().sum(0)
-        squares = RULES[rule](sum(part.weight.square().sum(1) for part in before), after, moments and moments[group.tower, group.layer, group.kind])
+        after = plain(nn.Linear, after).weight.square().sum(0)
+        squares = RULES[rule](sum(plain(nn.Linear, part).weight.square().sum(1) for part in before), after, moments and moments[group.tower, group.layer, group.kind])
         scores.append(squares.unflatten(0, (group.count, -1)).sum(1).sqrt())
     return torch.cat(scores)
 

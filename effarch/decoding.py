@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from effarch.checks import check
+from effarch.checks import check, check_count, is_count
 
 
 def check_row(x, channels):
@@ -16,10 +16,11 @@ def check_row(x, channels):
 
 
 class RingBuffer:
-    """Explicit convolution, O(L) per token. kernel (L, D); `step(x)`: x (D,) → y (D,)."""
+    """Explicit convolution, O(L) per token, without gradients. kernel (L, D); `step(x)`: x (D,) → y (D,)."""
 
     def __init__(self, kernel, rows=16):
-        self.reversed = kernel.flip(0).T.contiguous()  # (D, L), newest tap last
+        check(kernel.dim() == 2, "kernel.shape", tuple(kernel.shape), "(L, D)")
+        self.reversed = kernel.detach().flip(0).T.contiguous()  # (D, L), newest tap last
         D, L = self.reversed.shape
         self.past, self.at = kernel.new_zeros(D, 2 * L), 0
         self.rows = D if kernel.is_cuda else min(rows, D)
@@ -45,7 +46,8 @@ class BlockedConvolution:
     A one-level form of the relaxed convolutions of van der Hoeven (2002) and Flash Inference (arXiv:2410.12982)."""
 
     def __init__(self, kernel, block):
-        check(1 <= block <= len(kernel), "block", block, f"1 to {len(kernel)}, the taps of the kernel")
+        check(kernel.dim() == 2, "kernel.shape", tuple(kernel.shape), "(L, D)")
+        check(is_count(block) and block <= len(kernel), "block", block, f"1 to {len(kernel)}, the taps of the kernel")
         self.L, self.P, self.j = len(kernel), block, 0
         self.size = 2 ** math.ceil(math.log2(self.L + block))
         self.spectrum = torch.fft.rfft(kernel.T, self.size)
@@ -66,10 +68,18 @@ class BlockedConvolution:
         return y
 
 
+def check_form(form):
+    """ValueError unless `form` is a StateSpace whose channels have poles of their own."""
+    shapes = [tuple(getattr(form, name)().shape) for name in ("log_poles", "coefficients") if hasattr(form, name)]
+    own = len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2
+    check(own, "form", (type(form).__name__, *shapes), "a StateSpace of a kernel (L, D), each channel with poles (modes, D) of its own")
+
+
 class StateSpaceDecoder:
     """O(n) per token; form: a StateSpace with per-channel poles. `step(x)`: x (D,) → y (D,)."""
 
     def __init__(self, form):
+        check_form(form)
         poles, c = form.log_poles().detach().exp(), form.coefficients().detach()
         self.skip = form.skip.detach()
         self.cos, self.sin = poles.real.contiguous(), poles.imag.contiguous()  # (modes, D)
@@ -93,7 +103,8 @@ class ChunkedPrefill:
     chunk, and states carried between them."""
 
     def __init__(self, form, chunk=64):
-        log, c, self.chunk = form.log_poles().detach().T, form.coefficients().detach().T, chunk  # (D, modes)
+        check_form(form)
+        log, c, self.chunk = form.log_poles().detach().T, form.coefficients().detach().T, check_count(chunk, "chunk")  # (D, modes)
         at = torch.arange(chunk, device=c.device)
         kernel = F.pad(form(chunk).detach().T, (chunk - 1, 0))
         self.inside = kernel[:, at[:, None] - at + chunk - 1]  # (D, Q, Q), lower Toeplitz
@@ -101,7 +112,8 @@ class ChunkedPrefill:
         self.into, self.out, self.jump = powers.flip(2), (c[..., None] * powers).mT, torch.exp(log * chunk)
 
     def __call__(self, x):
-        check(x.shape[1] % self.chunk == 0, "x.shape", tuple(x.shape), f"(D, T) with T a multiple of chunk={self.chunk}")
+        right = x.dim() == 2 and len(x) == len(self.inside) and x.shape[1] > 0 and x.shape[1] % self.chunk == 0
+        check(right, "x.shape", tuple(x.shape), f"({len(self.inside)}, T) with T a multiple of chunk={self.chunk}")
         X = x.unflatten(1, (-1, self.chunk)).mT.contiguous()  # (D, Q, chunks)
         added = torch.complex(self.into.real @ X, self.into.imag @ X)  # what each chunk adds to the state
         states, state = [], torch.zeros_like(self.jump)

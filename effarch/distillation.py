@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effarch.checks import check, is_count
+from effarch.checks import check, is_count, is_number
 
 
 def causal_conv_naive(x, kernel):
@@ -63,7 +63,7 @@ class S4DKernel(nn.Module):
     def native(self):
         """The same kernel as a StateSpace, exactly: what it needs to decode as a recurrence."""
         log_poles, c = (part.detach() for part in self.modes())
-        return StateSpace(log_poles, c * log_poles.exp(), torch.full(c.shape, 2), self(1)[0].detach())
+        return StateSpace(log_poles, c * log_poles.exp(), torch.full(c.shape, 2, device=c.device), self(1)[0].detach())
 
 
 def hankel_svd_naive(taps, order=None):
@@ -432,7 +432,7 @@ def distill(kernel, method, rank=None, tolerance=None, unstable="mend", inputs=N
     where that costs half the accuracy, as for a kernel that grows; 'reject' refuses them. Raises ValueError for a rank
     below 1 or too large, a tolerance out of reach, NaN or infinite kernels, missing or unfit inputs, and rejected poles."""
     check((rank is None) != (tolerance is None), "rank, tolerance", (rank, tolerance), "exactly one of the two")
-    check(tolerance is None or (isinstance(tolerance, float) and 0 < tolerance < 1), "tolerance", tolerance,
+    check(tolerance is None or (is_number(tolerance) and 0 < tolerance < 1), "tolerance", tolerance,
           "a number between 0 and 1")
     check(rank is None or is_count(rank), "rank", rank, "a whole number of at least 1")
     fit, largest = prepare(kernel, method, unstable, inputs)

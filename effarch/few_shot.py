@@ -17,7 +17,7 @@ class Support:
     """The labelled features that a few-shot method may look at, and the zero-shot head that it starts from.
 
     features (m, d) and text (C, d): rows of length 1; labels (m,): 0 to C − 1, every class at least once; scale: of the
-    cosines, CLIP's own is about 100. ValueError, one line, for anything else."""
+    cosines, CLIP's own is about 100. Arrays and lists become tensors. ValueError, one line, for anything else."""
 
     features: torch.Tensor
     labels: torch.Tensor
@@ -25,9 +25,11 @@ class Support:
     scale: float = 100.0
 
     def __post_init__(self):
-        x, y, text = self.features, self.labels, self.text
+        self.features, self.text = x, text = torch.as_tensor(self.features), torch.as_tensor(self.text)
+        y = torch.as_tensor(self.labels).to(x.device)
         check(text.ndim == 2 and len(text) >= 2, "text", tuple(text.shape), "(classes, width), at least two classes")
         check(x.ndim == 2 and x.shape[1] == text.shape[1], "features", tuple(x.shape), f"(shots, {text.shape[1]}), as wide as text")
+        check(x.dtype == text.dtype, "features", x.dtype, f"{text.dtype}, as text has")
         for name, rows in dict(features=x, text=text).items():
             check(rows.dtype in (torch.float32, torch.float64), name, rows.dtype, "torch.float32 or torch.float64")
             longest = (rows.norm(dim=-1) - 1).abs().max() if len(rows) else torch.tensor(torch.nan)

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from effarch.checks import check, check_count, is_count, is_number
-from effarch.multirate import DepthwiseCausalConv1d, DilatedTwin, causal_pool, projection, shift_add_conv
+from effarch.multirate import (
+    DepthwiseCausalConv1d,
+    DilatedTwin,
+    causal_pool,
+    check_sequence,
+    projection,
+    shift_add_conv,
+)
 
 
 def hierarchical_reference(model, x):
@@ -69,6 +76,7 @@ class HierarchicalMRSS(nn.Module):
         return 2 * batch * total
 
     def forward(self, x):
+        check_sequence(x, sum(self.widths))
         y, last, groups = None, 1, zip(self.rates, x.split(self.widths, -1), self.convs, self.projects, strict=True)
         for rate, part, conv, project in reversed(list(groups)):
             here = conv(pooled(part, rate))
@@ -86,6 +94,7 @@ class DilatedLowRank(DilatedTwin):
         self.down, self.up = projection(dim, check_count(rank, "rank")), projection(rank, dim)
 
     def forward(self, x):
+        check_sequence(x, self.high + self.low)
         batch, steps, _ = x.shape
         low = F.pad(x[..., self.high:], (0, 0, 0, -steps % self.r)).unflatten(1, (-1, self.r))
         low = self.low_conv(low.transpose(1, 2).flatten(0, 1))  # r sequences, each of every r-th step
@@ -108,5 +117,6 @@ class ModalityEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
+        check(len(x) == len(self.tables), "len(x)", len(x), f"{len(self.tables)} sequences, one a modality")
         parts = [F.embedding(v, w) if not v.is_floating_point() else v @ w * len(w) ** -0.5 for v, w in zip(x, self.tables, strict=True)]
         return self.bias + (sum(parts) if self.order is None else torch.cat([parts[i] for i in self.order], -1))

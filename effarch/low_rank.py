@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effarch.checks import check, check_count, check_share, is_count
-from effarch.clip.towers import find_vision_module, make_tower, split_heads, wide
+from effarch.clip.towers import find_vision_module, make_tower, plain, split_heads, wide
 from effarch.token_reduction.encoder import encode_images, pooled_output, run_encoder
 
 
@@ -117,8 +117,10 @@ METRICS = {  # what the error is measured by: the weights, each input by its siz
 
 
 def factor(layer, moment, rank, metric="whitened"):
-    """The LowRankLinear of an nn.Linear whose error is least in a metric (a name in METRICS): U_r (U_rᵀ W) x + b."""
-    weight = layer.weight.detach().double()
+    """The LowRankLinear of an nn.Linear whose error is least in a metric (a name in METRICS): U_r (U_rᵀ W) x + b.
+
+    Here and below: TypeError for a layer with an adapter or a quantiser around its weight, which would be lost."""
+    weight = plain(nn.Linear, layer).weight.detach().double()
     check(is_count(rank) and rank <= min(weight.shape), "rank", rank, f"a whole number from 1 to {min(weight.shape)}")
     check(metric in METRICS, "metric", metric, ", ".join(METRICS))
     u = output_directions(weight, METRICS[metric](moment.second), rank)
@@ -161,7 +163,7 @@ def linear(weight, bias, like):
 
 def by_head(layer, heads):
     """Weight (heads, d, D) and bias (heads, d) of a layer that makes queries, keys or values, in float64."""
-    return tuple(part.detach().double().unflatten(0, (heads, -1)) for part in (layer.weight, layer.bias))
+    return tuple(part.detach().double().unflatten(0, (heads, -1)) for part in (plain(nn.Linear, layer).weight, layer.bias))
 
 
 def query_key_form(q, k, heads, moment, floor=1e-6):
@@ -190,7 +192,7 @@ def compensate(old, new, pick, moment, weights=True, floor=1e-4):
 
     new: (m, r) the weights to start from. pick: (n, …) → (r, …), which inputs, or mixtures of them, are left. weights: False
     leaves them as they are and puts only the mean of what left into the bias."""
-    weight, bias = old.weight.detach().double(), old.bias.detach().double()
+    weight, bias = plain(nn.Linear, old).weight.detach().double(), old.bias.detach().double()
     if weights:
         across = pick(moment.covariance)  # (r, n)
         small = pick(across.T)  # (r, r)
@@ -201,7 +203,7 @@ def compensate(old, new, pick, moment, weights=True, floor=1e-4):
 def fold_value_output(v, out, heads, moment, rank):
     """[v', out']: values of `rank` numbers a head, in the directions that matter behind the output matrix, and that matrix. Heads
     stand in for one another's losses. moment: of the output matrix's inputs."""
-    (wv, bv), wo = by_head(v, heads), out.weight.detach().double().unflatten(1, (heads, -1)).transpose(0, 1)  # wo: (heads, D, d)
+    (wv, bv), wo = by_head(v, heads), plain(nn.Linear, out).weight.detach().double().unflatten(1, (heads, -1)).transpose(0, 1)  # wo: (heads, D, d)
     d = wo.shape[-1]
     check(is_count(rank) and rank <= d, "rank", rank, f"a whole number from 1 to {d}")
     spread = torch.stack([moment.covariance[i * d:(i + 1) * d, i * d:(i + 1) * d] for i in range(heads)])
@@ -245,7 +247,7 @@ def slim_mlp(model, moments, share, criterion="FLAP", repair="least squares"):
     check_share(share, "share")
     new, layers = each_layer(model, moments)
     for layer, found in layers:
-        fc1, fc2, moment = layer.mlp.fc1, layer.mlp.fc2, found["fc2"]
+        fc1, fc2, moment = plain(nn.Linear, layer.mlp.fc1), plain(nn.Linear, layer.mlp.fc2), found["fc2"]
         count = max(1, round(share * fc1.out_features))
         kept = CRITERIA[criterion](fc1, fc2, moment).argsort(descending=True, stable=True)[:count].sort().values
         weight, bias = fc2.weight.double()[:, kept], fc2.bias.double()

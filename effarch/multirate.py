@@ -68,10 +68,13 @@ class ChannelsLastConv(torch.autograd.Function):
     """(x, weight) → y, all three passes in the channels-last form. Autocast stays out: `channels_last_conv` casts before."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
+    def forward(x, weight):
         with torch.autocast(device_kind(x), enabled=False):
             return image_conv(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -113,6 +116,12 @@ CONV_FORMS = {"stock": stock_conv, "channels_last": channels_last_conv, "fft": f
 FAST = {"cpu": "channels_last", "cuda": "stock"}
 
 
+def check_sequence(x, dim):
+    """ValueError unless x is (B, T, dim) with T ≥ 1."""
+    right = x.dim() == 3 and x.shape[1] > 0 and x.shape[2] == dim and x.is_floating_point()
+    check(right, "x", (tuple(x.shape), x.dtype), f"(B, T, {dim}) with T ≥ 1, floating-point numbers")
+
+
 class DepthwiseCausalConv1d(nn.Module):
     """One causal filter of `kernel` taps a channel, no bias, weights N(0, 0.02²): (B, T, dim) → (B, T, dim).
 
@@ -125,7 +134,7 @@ class DepthwiseCausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.randn(check_count(dim, "dim"), check_count(kernel, "kernel")) * 0.02)
 
     def forward(self, x):
-        check(x.dim() == 3 and x.shape[2] == len(self.weight) and x.is_floating_point(), "x", (tuple(x.shape), x.dtype), f"(B, T, {len(self.weight)}), floating-point numbers")
+        check_sequence(x, len(self.weight))
         return CONV_FORMS[self.form or FAST.get(x.device.type, "stock")](x, self.weight)
 
 
@@ -164,6 +173,7 @@ class GatedBaseline(Baseline):
         self.gate = nn.Linear(dim, dim)
 
     def forward(self, x):
+        check_sequence(x, self.gate.in_features)
         return torch.sigmoid(self.gate(x)) * super().forward(x)
 
 
@@ -181,6 +191,7 @@ class MRSS(nn.Module):
         self.gate, self.updates_per_step = nn.Linear(dim, dim), 1 + 1 / r
 
     def forward(self, x):
+        check_sequence(x, self.gate.in_features)
         low = self.scan_low(x[:, :: self.r]).repeat_interleave(self.r, dim=1)[:, : x.shape[1]]
         g = torch.sigmoid(self.gate(x))
         return g * (low.detach() if self.detach_low else low) + (1 - g) * self.scan_high(x)
@@ -189,7 +200,10 @@ class MRSS(nn.Module):
 def flops_of(model, batch, steps):
     """Analytic FLOPs of a forward pass of one layer, padding included: 2 · B · Σ weights · the steps they run on.
 
-    The layer's `runs_on` names the parts that do not run on all T steps: 'low' on ⌈T/r⌉, 'blocks' on whole blocks of r."""
+    The layer's `runs_on` names the parts that do not run on all T steps: 'low' on ⌈T/r⌉, 'blocks' on whole blocks of r; a
+    layer with a method `flops(batch, steps)` is asked itself."""
+    if hasattr(model, "flops"):
+        return model.flops(batch, steps)
     low, where = -(-steps // getattr(model, "r", 1)), getattr(model, "runs_on", {})
     runs = dict(low=low, blocks=low * getattr(model, "r", 1))
     return sum(2 * batch * p.numel() * runs.get(where.get(name.split(".")[0]), steps)
@@ -214,8 +228,11 @@ class SplitPool(torch.autograd.Function):
     """(B, T, D) → the first `high` channels (B, T, high), and the causal pool of the rest (B, ⌈T/r⌉, D − high)."""
 
     @staticmethod
-    def forward(ctx, x, high, r):
-        ctx.shape, ctx.high, ctx.r = x.shape, high, r
+    def setup_context(ctx, inputs, output):
+        ctx.shape, ctx.high, ctx.r = inputs[0].shape, *inputs[1:]
+
+    @staticmethod
+    def forward(x, high, r):
         low = x[..., high:]
         windows = -(-x.shape[1] // r) - 1  # whole windows; the one before holds the first step alone
         pooled = low.new_empty(x.shape[0], windows + 1, low.shape[2])
@@ -263,6 +280,7 @@ class SplitMRSS(nn.Module):
         self.high_project, self.low_project = projection(self.high, dim), projection(self.low, dim)
 
     def forward(self, x):
+        check_sequence(x, self.high + self.low)
         high, low = SplitPool.apply(x, self.high, self.r)
         low = self.low_project(self.low_conv(low))
         return project_and_add(self.high_project, self.high_conv(high), low, self.r)
@@ -288,6 +306,7 @@ class DilatedTwin(SplitMRSS):
     runs_on, updates_per_step = dict(low_conv="blocks"), 1.0
 
     def forward(self, x):
+        check_sequence(x, self.high + self.low)
         batch, steps, _ = x.shape
         low = F.pad(x[..., self.high :], (0, 0, 0, -steps % self.r)).unflatten(1, (-1, self.r))
         low = self.low_conv(low.transpose(1, 2).flatten(0, 1))  # r sequences, each of every r-th step

@@ -427,7 +427,8 @@ def reduce_vision_tokens(model, method, keep, where="after", layers=None, window
     method: a name in METHODS; keep: share in (0, 1] of each image (of each frame of a video; in the language model of each
     prompt) that is left in the end; where: a place in PLACES; layers, windows, seed: see plan_reduction. The block gets the
     Reduction. Survivors keep their positions; `model(**inputs)` returns the logits of the columns that are left. On exit, also
-    after an exception, the model is what it was. TypeError for an unsupported model, ValueError for wrong arguments."""
+    after an exception, the model is what it was. TypeError for an unsupported model, ValueError for wrong arguments, for labels,
+    prompts that are not filled up on the left, hidden states, and hooks or patches of what is not called: the tower, its blocks."""
     inner = find_model(model)
     plan = plan_reduction(inner.config, method, keep, where, layers, windows, seed)
 
@@ -436,5 +437,5 @@ def reduce_vision_tokens(model, method, keep, where="after", layers=None, window
         plan.kept.append(index)
         return features, index
 
-    with reading_differently(inner, encode, partial(drop_columns, plan)):
+    with reading_differently(model, encode, partial(drop_columns, plan)):
         yield plan

@@ -161,8 +161,8 @@ def tower_features(model, tower, x):
 class ScanMixer(LinearAttention):
     """The same with a decay: along each direction the weight of token s at token t falls with the Δ between them.
 
-    A scan of Mamba-2 (SSD) with C, B and x = v, read along 2 or 4 directions (see `scan_orders`). Δ starts at `delta` for
-    every token, so that the mixer starts as linear attention; what Δ writes, the normalisation takes out again."""
+    A scan of Mamba-2 (SSD) with C, B and x = v, read along 1, 2 or 4 directions (see `scan_orders`). Δ starts at `delta` for
+    every token, so that with 2 or 4 the mixer starts as linear attention (with 1: the causal one); what Δ writes, the normalisation takes out again."""
 
     def __init__(self, block, heads, maps, signed=False, exact_cls=False, directions=2, delta=1e-3):
         super().__init__(block, heads, maps, signed, exact_cls)
@@ -186,8 +186,8 @@ class ScanMixer(LinearAttention):
         minus = -torch.ones(R * self.heads, device=x.device)
         y, _ = ssd(line(v), own, minus, line(B), line(C), chunk=-(-n // -(-n // 64)))
         y = sum_back(y.unflatten(2, (R, self.heads)).flatten(3), order).unflatten(-1, (self.heads, -1))
-        itself = (C * B).sum(-1, keepdim=True) * v  # every direction counts the token itself: once is right
-        return y - itself * (delta[:, :, 1:].sum(2))[..., None].to(y.dtype)
+        itself = (C * B).sum(-1, keepdim=True) * v  # both directions of a path count the token itself: once is right
+        return y - itself * (delta[:, :, 1::2].sum(2))[..., None].to(y.dtype)
 
 
 def side_of(x):

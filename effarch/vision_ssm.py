@@ -9,7 +9,7 @@ from torch import nn
 
 from effarch.checks import check, check_count, check_share, is_count
 from effarch.scans.blocks import causal_conv, inverse_softplus_uniform
-from effarch.scans.scan import ssd
+from effarch.scans.scan import readable, ssd
 
 
 def hippo_legs(states):
@@ -149,8 +149,12 @@ def read_along(x, order):
 
 
 def sum_back(y, order):
-    """What `read_along` has spread, (B, M, R, C), put back in its places and summed over the directions → (B, M, C)."""
+    """What `read_along` has spread, (B, M, R, C), put back in its places and summed over the directions → (B, M, C).
+
+    ValueError for an order that does not name each token once."""
     inverse = order.argsort(-1)  # (1 or B, R, M)
+    if readable(order) and bool((order.gather(-1, inverse) != torch.arange(order.shape[2], device=order.device)).any()):
+        check(False, "order", "no permutation", f"0 to {order.shape[2] - 1}, each once in every direction")
     if len(order) == 1:
         return sum(y[:, index, r] for r, index in enumerate(inverse[0]))
     return sum(y[:, :, r].gather(1, inverse[:, r, :, None].expand(-1, -1, y.shape[3])) for r in range(order.shape[1]))
@@ -229,13 +233,16 @@ class FeedForward(nn.Sequential):
         return super().forward(x)
 
 
-def keep_tokens(order, kept, aligned=True):
-    """Orders and gaps of what is left: order (1, R, N), kept (B, M) tokens by number → (order (B, R, M), gap or None).
+def keep_tokens(order, kept, aligned=True, gap=None):
+    """Orders and gaps of what is left: order (1 or B, R, N), kept (B, M) tokens by number → (order (B, R, M), gap or None).
 
-    aligned=False forgets how far apart the kept tokens were, as plain dropping does."""
-    place = order[0].argsort(-1)[:, kept].transpose(0, 1)  # (B, R, M): when each direction reads each kept token
-    place, order = place.sort(-1)
-    return order, F.pad(place.diff(), (1, 0), value=1) if aligned else None
+    gap: None, or what an earlier call gave with this order. aligned=False forgets how far apart the kept tokens were, as plain
+    dropping does."""
+    check(len(order) in (1, len(kept)), "order.shape", tuple(order.shape), f"(1 or {len(kept)}, R, N), as kept")
+    place = order.argsort(-1).expand(len(kept), -1, -1).gather(2, kept[:, None].expand(-1, order.shape[1], -1))
+    place, order = place.sort(-1)  # (B, R, M): when each direction reads each kept token
+    when = place if gap is None else gap.cumsum(-1).expand(len(kept), -1, -1).gather(2, place)
+    return order, F.pad(when.diff(), (1, 0), value=1) if aligned else None
 
 
 def choose_tokens(scores, share):
@@ -272,13 +279,19 @@ class PatchClassifier(nn.Module):
         """at: number of the layer before which tokens leave, so that `share` of the patches stays; None: all stay.
 
         how: 'naive' (the rest closes up), 'aligned' (Δ of the gaps), 'merged' (dropped ones join the most similar kept one,
-        with Δ of the gaps). scores: (B, N) which to keep, or None: the importance that layer `at` gives them."""
+        with Δ of the gaps). scores: (B, N) which to keep, CLS first, or None: the importance that layer `at` gives them."""
         check(how in ("naive", "aligned", "merged"), "how", how, "naive, aligned, merged")
+        check(at is None or is_count(at, 0) and at < len(self.layers), "at", at, f"None or 0 to {len(self.layers) - 1}, the number of a layer")
+        check(check_share(share, "share") == 1 or at is not None, "share", share, "1, where `at` does not say before which layer tokens leave")
+        check(scores is None or scores.shape == (len(pixels), self.order.shape[2]), "scores.shape", scores is not None and tuple(scores.shape),
+              f"({len(pixels)}, {self.order.shape[2]}): one for each token, CLS first")
+        asked = share < 1 and scores is None
+        check(not asked or hasattr(self.layers[at], "importance"), "at", at, "the number of a layer with `importance`, or scores")
         x = self.embed(pixels).flatten(2).transpose(1, 2) + self.positions
         x, order, gap = torch.cat([self.cls.expand(len(x), 1, -1), x], 1), self.order, None
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
             if i == at and share < 1:
-                kept = choose_tokens(layer.importance(norm(x)) if scores is None else scores, share)
+                kept = choose_tokens(layer.importance(norm(x)) if asked else scores, share)
                 order, gap = keep_tokens(order, kept, how != "naive")
                 x = merge_into(x, kept) if how == "merged" else x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
             x = x + layer(norm(x), order, gap)

@@ -132,8 +132,10 @@ def settings_for(notebooks, settings):
     """[{name: value} of each notebook]; every setting must fit a parameter of at least one of them."""
     known = [parameters(path) for path in notebooks]
     chosen = [{} for _ in notebooks]
-    for setting in settings:
+    for i, setting in enumerate(settings):
         name, equals, text = setting.partition("=")
+        if name in [other.partition("=")[0] for other in settings[:i]]:
+            raise UsageError(f"--set {setting}: {name} is set twice")
         if not equals:
             raise UsageError(f"--set {setting}: write PARAM=VALUE")
         if name in ("MODE", "OUT"):

@@ -187,12 +187,26 @@ FAULTS = [
     (lambda: torch.tensor([1.0, float("nan")]), "nan"),
     (lambda: (torch.zeros(2), dict(a=[torch.tensor(float("inf"))])), "nan"),
     (lambda: torch.tensor([complex(0, float("nan"))]), "nan"),
+    (lambda: float("nan"), "nan"), (lambda: [np.array([1.0, np.inf])], "nan"), (lambda: dict(a=np.float32("nan")), "nan"),
     (lambda: torch.zeros(2) @ torch.zeros(3), "error: inconsistent"),
     (raising(TypeError("forward() takes 1 argument")), "error: forward() takes 1 argument"),
     (raising(AssertionError()), "error: AssertionError"),
     (raising(ValueError("\nfirst line\nsecond line")), "error: first line"),
     (raising(KeyError("mask")), "error: 'mask'"),
 ]
+
+
+def test_finite_numbers_of_every_kind_are_no_fault():
+    assert attempt(lambda: (3, 0.5, "x", None, True, np.array([1, 2]), np.array(["x"]), np.float64(2), 2j, torch.tensor([1])), CPU) == "ok"
+
+
+def test_an_apple_gpu_is_waited_for_and_an_unknown_device_refused(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited"))
+    rows = compare({"a": lambda: done.append("called")}, device="mps", rounds=3, warmup=1)
+    assert rows["a"]["status"] == "ok" and done == ["called", "waited"] + ["waited", "called", "waited"] * 3
+    with pytest.raises(ValueError, match="device='xpu' is not allowed; allowed: cpu, cuda, mps"):
+        compare({"a": lambda: None}, device="xpu", rounds=1)
 
 
 @pytest.mark.parametrize("fault, status", FAULTS, ids=[f"{i} {status[:20]}" for i, (_, status) in enumerate(FAULTS)])
@@ -288,6 +302,16 @@ def test_attention_is_counted_on_a_cpu_too(words):
     with torch.no_grad():
         assert bench.count_flops(lambda: layer(x, x, x, need_weights=False)) == 2 * (4 * 2 * 40 * 16 * 16 + 2 * 2 * 40 * 40 * 16)
     assert torch.backends.mha.get_fastpath_enabled(), "as it was"
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_attention_with_shared_keys_counts_as_with_repeated_ones(heads):
+    attend = torch.nn.functional.scaled_dot_product_attention
+    q, k = torch.randn(1, 8, 20, 16).requires_grad_(), torch.randn(1, heads, 30, 16).requires_grad_()
+    wide = k.repeat_interleave(8 // heads, 1).detach().requires_grad_()
+    assert bench.count_flops(lambda: attend(q, k, k, enable_gqa=True)) == bench.count_flops(lambda: attend(q, wide, wide)) > 0
+    both = bench.count_flops(lambda: attend(q, k, k, enable_gqa=True).sum().backward())
+    assert both == bench.count_flops(lambda: attend(q, wide, wide).sum().backward()) > 0
 
 
 # the one rule of inference
@@ -386,13 +410,30 @@ def test_too_few_or_all_equal_values_are_undecided(estimate):
         assert decide(estimate, above=limit) is None and decide(estimate, below=limit) is None
 
 
-def test_trainings_are_paired_by_seed():
+def test_trainings_are_paired_by_seed(capsys):
     a, b = [2.0, 4.0, 8.0], [1.0, 2.0, 4.1]  # seeds differ fourfold, ratios hardly
     ratio, low, high = seed_ratio(a, b)
     assert 1.9 < low < ratio < high < 2.1
+    assert capsys.readouterr().out == ""
     with_a_lost_one = seed_ratio([*a, NAN], [*b, 3.0])
-    assert with_a_lost_one == seed_ratio(a, b)
+    assert with_a_lost_one == seed_ratio(a, b) and "leaves out 1 of 4 seeds" in capsys.readouterr().out
+    assert seed_ratio([1.0], [2.0])[0] == 0.5 and math.isnan(seed_ratio([1.0], [2.0]).low), "one pair has no interval"
+    with pytest.raises(ValueError, match="paired by seed"):
+        seed_ratio([1.0, 2.0], [1.0])
     assert wilson(1000, 1000).low == pytest.approx(0.9962, abs=1e-4) and wilson(0, 10).high > 0.2
+
+
+def test_a_share_of_none_or_all_ends_at_none_or_all():
+    for n in range(1, 500):
+        assert wilson(0, n).low == 0 and wilson(n, n).high == 1 and 0 < wilson(0, n).high < 1 and 0 < wilson(n, n).low < 1
+        assert decide(wilson(0, n), above=0) is not True and decide(wilson(n, n), below=1) is not True
+    for hits in (11, -1):
+        with pytest.raises(ValueError, match=f"hits={hits} .*0 to n=10"):
+            wilson(hits, 10)
+
+
+def test_nothing_is_known_of_one_over_zero():
+    assert all(map(math.isnan, Estimate(0.0, -1.0, 1.0).inverse())) and Estimate(2.0, 1.0, 4.0).inverse() == (0.5, 0.25, 1.0)
 
 
 def test_equal_times_need_a_ratio_that_is_known():
@@ -996,6 +1037,25 @@ def test_claims_are_judged_by_the_rule_and_keep_other_notebooks_rows(run, tmp_pa
 def test_claims_need_a_known_id_a_number_and_its_source(run, call, said):
     with pytest.raises(ValueError, match=said):
         call(Claims(run, "A01"))
+
+
+@pytest.mark.parametrize("commit", ["4531973809", "0531973809", "45319738e9", "453197e809"])
+def test_provenance_that_looks_like_a_number_stays_text(tmp_path, commit):
+    run, other = begin(tmp_path), begin(tmp_path, "ssm/other")
+    for made, claim, given in ((run, "A01", commit), (other, "A02", "a76e3560f1")):
+        made.row |= dict(git_commit=given, python="3.10")
+        claims = Claims(made, claim)
+        claims.judge(claim, 3.0, "because", "t.csv: i=0", above=1)
+        claims.save()
+    assert read_csv(run.results / "claims.csv")["git_commit"].tolist() == [commit, "a76e3560f1"]
+    table = Table(run, "t", key=["variant"])
+    table.add([dict(variant="1", x=2.5), dict(variant=2, x=3), dict(variant=0.3, x=4)])
+    found = table.save()
+    write_csv(tmp_path / "again.csv", found)
+    assert (tmp_path / "again.csv").read_text() == (run.results / "t.csv").read_text()
+    assert found["python"].tolist() == ["3.10"] * 3 and found["weights"].isna().all()
+    assert [bench.value_of(found, "x", variant=v) for v in ("1", 1, 1.0, 2, 0.1 + 0.2)] == [2.5, 2.5, 2.5, 3, 4]
+    assert math.isnan(bench.value_of(found, "x", variant="3")) and bench.value_of(found, "x", variant=1, git_commit=commit) == 2.5
 
 
 def test_every_statement_is_whole():

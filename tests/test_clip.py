@@ -30,6 +30,7 @@ from effarch.clip.images import (
     stratified,
     to_rgb,
 )
+from effarch.clip.labelled import check_apart
 from effarch.clip.photographs import from_patches, paint_groups, paint_kept, photographs, to_patches
 from effarch.clip.quality import judge_images, per_image, quality_columns
 from effarch.clip.study import prepare
@@ -236,6 +237,18 @@ def test_a_stratified_sample_is_balanced_as_far_as_it_goes():
 
 
 # the class-name head
+
+
+@pytest.mark.parametrize("train, dataset, apart", [
+    ("a/train", "a/val", True), ("a/train", "a/train2", True), ("a", "a", False), ("a", "a/val", False), ("a/train/more", "a/train", False)])
+def test_images_to_learn_from_lie_neither_in_the_folder_that_judges_nor_around_it(tmp_path, train, dataset, apart):
+    names = f"imagefolder:{tmp_path / train}", f"photos:{tmp_path / dataset}"
+    if apart:
+        check_apart("TRAIN", *names)
+    else:
+        with pytest.raises(ValueError, match="TRAIN='imagefolder.* is not allowed; allowed: other images"):
+            check_apart("TRAIN", *names)
+    check_apart("TRAIN", None, names[1]), check_apart("TRAIN", "cifar10", names[1])
 
 
 def test_class_names_that_no_prompt_fits_are_refused():

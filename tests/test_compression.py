@@ -394,6 +394,19 @@ def test_other_models_are_refused(clip):
         unit_groups(clip.vision_model)
 
 
+def test_an_adapter_is_not_lost_but_refused_until_it_is_merged(clip):
+    peft = pytest.importorskip("peft")
+    for target in ("q_proj", "out_proj", "fc1", "fc2"):
+        adapted = peft.get_peft_model(copy.deepcopy(clip), peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)).eval()
+        inner, right = adapted.get_base_model(), both(adapted.get_base_model())
+        groups = unit_groups(inner)
+        kept = [torch.arange(group.count) for group in groups]
+        for call in (lambda m=inner, g=groups, k=kept: slice_units(m, k, g), lambda m=inner, g=groups: unit_scores(m, g, "magnitude")):
+            with pytest.raises(TypeError, match=r"Linear in the place of Linear .*merge_and_unload\(\) first"):
+                call()
+        close(both(slice_units(adapted.merge_and_unload(), kept, groups)), right, 1e-4)
+
+
 def test_importing_needs_no_plots_and_no_pruning_library():
     code = "import sys, effarch.compression; print([n for n in ('torch_pruning', 'matplotlib', 'pandas', 'effarch.bench') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=600)

@@ -1,5 +1,6 @@
 """Distilled kernels: exactness, known orders, stable poles, honoured tolerances, refusals; and decoding with them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -302,7 +303,7 @@ def test_poles_are_stable_and_growth_is_never_silent():
 @pytest.mark.parametrize("change, message", [
     (dict(rank=0), "rank=0 .*at least 1"), (dict(rank=-2), "rank=-2"), (dict(rank=True), "rank=True"),
     (dict(rank=1.5), "rank=1.5"), (dict(rank=99), "rank=99 .*at most 4"), (dict(), "exactly one"),
-    (dict(rank=1, tolerance=0.1), "exactly one"), (dict(tolerance=0.0), "tolerance=0.0"),
+    (dict(rank=1, tolerance=0.1), "exactly one"), (dict(tolerance=0.0), "tolerance=0.0"), (dict(tolerance=True), "tolerance=True"),
     (dict(tolerance=float("nan")), "tolerance=nan"), (dict(rank=1, method="fft"), "method='fft'.*hankel"),
     (dict(rank=1, unstable="ignore"), "unstable='ignore'"),
     (dict(rank=1, kernel=torch.full((10, 2), float("nan"))), "20 values that are NaN"),
@@ -371,8 +372,34 @@ def test_lengths_that_do_not_fit_are_one_clear_line():
     for block in (0, 49):
         with pytest.raises(ValueError, match=f"block={block} is not allowed; allowed: 1 to 48"):
             BlockedConvolution(kernel, block)
-    with pytest.raises(ValueError, match="multiple of chunk=32"):
-        ChunkedPrefill(distill(kernel, "hankel", rank=4), 32)(normal(3, 100))
+    for x in (normal(3, 100), normal(3, 0), normal(4, 64), normal(64)):
+        with pytest.raises(ValueError, match=r"\(3, T\) with T a multiple of chunk=32"):
+            ChunkedPrefill(distill(kernel, "hankel", rank=4), 32)(x)
+
+
+@pytest.mark.parametrize("kernel, method", [(normal(64, 3, 3), "hankel"), (normal(64, 1, 1), "hankel"), (normal(64, 3), "svd")])
+def test_forms_without_poles_of_each_channel_are_refused(kernel, method):
+    form = distill(kernel, method, rank=3)
+    for decoder in (StateSpaceDecoder, ChunkedPrefill):
+        with pytest.raises(ValueError, match=f"form=.'{type(form).__name__}'.*a StateSpace of a kernel"):
+            decoder(form)
+
+
+def test_kernels_that_mix_channels_and_parts_of_blocks_are_refused():
+    for make in (RingBuffer, lambda kernel: BlockedConvolution(kernel, 4)):
+        with pytest.raises(ValueError, match=r"kernel.shape=\(16, 3, 3\).*\(L, D\)"):
+            make(normal(16, 3, 3))
+    for block in (2.5, True):
+        with pytest.raises(ValueError, match=f"block={block}"):
+            BlockedConvolution(normal(16, 3), block)
+    kernel, x = normal(16, 3).requires_grad_(), normal(3)
+    assert torch.allclose(RingBuffer(kernel).step(x), kernel[0] * x)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, float])
+def test_a_tolerance_may_be_numpys(kind):
+    form = distill(planted(), "svd", tolerance=kind(0.1))
+    assert form.error <= 0.1 and form.rank == distill(planted(), "svd", tolerance=0.1).rank
 
 
 @pytest.mark.parametrize("chunk", [4, 16, 96])

@@ -246,6 +246,20 @@ def test_fitting_the_summary_helps_on_its_images_and_leaves_the_model_alone(clip
     assert cosine[1] > cosine[0]
 
 
+def test_a_summary_whose_fit_breaks_off_leaves_the_model_as_it_was(clip):
+    class Pictures:
+        def __len__(self):
+            return 6
+
+        def batch(self, index, device):
+            return torch.zeros(len(index), 3, 64, 64)
+
+    before = [p.requires_grad for p in clip.parameters()]
+    with pytest.raises(IndexError):
+        fit_summary(clip, Pictures(), torch.randn(3, 24), 0.5, 5)
+    assert [p.requires_grad for p in clip.parameters()] == before and any(before)
+
+
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, True, None, "half", float("nan")])
 def test_bad_keep_ratios_and_rests_are_refused(keep):
     with pytest.raises(ValueError, match="keep ratio"):

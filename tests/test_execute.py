@@ -47,6 +47,7 @@ raise RuntimeError("on purpose")'''
     (["--set", "SEED=True"], "--set SEED=True: not a value of type int"),
     (["--set", "RESUME=true"], "--set RESUME=true: not a value of type bool"),
     (["--set", "STEPS"], "--set STEPS: write PARAM=VALUE"),
+    (["--set", "SEED=1", "--set", "SEED=2"], "--set SEED=2: SEED is set twice"),
     (["--set", "MODE=quick"], "use --mode"),
     (["--repeat", "0"], "--repeat 0: a whole number of at least 1"),
     (["--repeat", "two"], "--repeat"),

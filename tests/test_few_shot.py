@@ -156,6 +156,14 @@ def test_classes_of_unequal_counts_weigh_the_same():
     assert close(cache_scores(twice)(test), 3 * cache_scores(support)(test))
 
 
+def test_arrays_and_lists_are_taken_mixed_precisions_are_refused():
+    support, test, _ = make_support()
+    same = Support(support.features.numpy(), support.labels.tolist(), support.text.numpy())
+    assert torch.equal(tip_adapter(same)(test), tip_adapter(support)(test))
+    with pytest.raises(ValueError, match="features=torch.float64 is not allowed; allowed: torch.float32, as text has"):
+        Support(support.features.double(), support.labels, support.text)
+
+
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, "5.5"])
 def test_a_wrong_beta_is_named(wrong):
     with pytest.raises(ValueError, match="beta"):

@@ -133,6 +133,7 @@ DECODERS = {
     "blocks": lambda: (decoded(BlockedConvolution(torch.randn(32, 6), 4)), [torch.randn(6)]),
     "state space": lambda: (decoded(StateSpaceDecoder(S4DKernel(6, 8).native())), [torch.randn(6)]),
     "prompt in chunks": lambda: (ChunkedPrefill(S4DKernel(6, 8).native(), 16), [torch.randn(6, 64)]),
+    "a kernel as a state space": lambda: ((lambda kernel: lambda x: kernel.native()(len(x)))(S4DKernel(6, 8)), [torch.randn(16)]),
     "convolution": lambda: (causal_conv, [torch.randn(2, 40, 6), torch.randn(40, 6)]),
 }
 

@@ -59,7 +59,16 @@ def test_two_rates_are_split_mrss(rate, share, steps):
 def test_flops_are_as_counted(rates, shares):
     model = with_form(HierarchicalMRSS(20, 15, rates, shares), "stock").to("meta")
     for steps in (1, 50, 96):
-        assert count_flops(lambda steps=steps: model(torch.empty(2, steps, 20, device="meta"))) == model.flops(2, steps)
+        assert count_flops(lambda steps=steps: model(torch.empty(2, steps, 20, device="meta"))) == model.flops(2, steps) == flops_of(model, 2, steps)
+
+
+@pytest.mark.parametrize("shape", [(7, 16), (2, 0, 16), (2, 7, 17)])
+def test_layers_name_their_input_where_its_shape_is_wrong(shape):
+    for make in MAKERS.values():
+        with pytest.raises(ValueError, match=r"x=\(.*\(B, T, 16\) with T ≥ 1"):
+            make()(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"len\(x\)=1.*2 sequences"):
+        ModalityEmbedding((5, 3), 8)((torch.zeros(2, 4, dtype=torch.long),))
 
 
 MAKERS = {"hierarchy": lambda: HierarchicalMRSS(16, 15), "all slow": lambda: HierarchicalMRSS(16, 15, (8,), (1,)),

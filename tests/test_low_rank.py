@@ -188,7 +188,7 @@ def test_moments_are_those_of_the_inputs(model):
 
 
 def test_hooks_go_even_after_a_fault(clip):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="pixel_values"):
         collect_moments(clip, [torch.randn(2, 5, 64, 64)])
     assert not any(part._forward_pre_hooks for part in clip.modules())
 
@@ -434,6 +434,23 @@ def test_adapters_start_at_the_model_and_are_merged_into_it(clip, broken, kind):
     assert layer_numbers(merged) == layer_numbers(broken) and encoder_macs(merged) == encoder_macs(broken)
     assert all(torch.equal(p, before[name]) for name, p in broken.state_dict().items()), "the model given is not touched"
     assert all(p.requires_grad for p in broken.parameters())
+
+
+def test_an_adapter_is_not_lost_but_refused_until_it_is_merged(clip):
+    peft = pytest.importorskip("peft")
+    makes = {r"fc1": lambda m, found: slim_mlp(m, found, 1.0, repair="nothing"), r"fc2": lambda m, found: slim_mlp(m, found, 1.0),
+             r"q_proj": lambda m, found: slim_attention(m, found, qk=HEAD), r"v_proj": lambda m, found: slim_attention(m, found, vo=HEAD),
+             r"out_proj": lambda m, found: slim_attention(m, found, vo=HEAD), r"k_proj": lambda m, found: low_rank_layers(m, found, 0.9)}
+    for target, make in makes.items():
+        config = peft.LoraConfig(r=4, target_modules=rf"vision_model.*\.{target}", init_lora_weights=False)
+        adapted = peft.get_peft_model(copy.deepcopy(clip), config).eval()
+        inner, x = adapted.get_base_model(), pictures(4)
+        found, right = collect_moments(inner, [x]), encode_images(inner, x)
+        with pytest.raises(TypeError, match=r"Linear in the place of Linear is not supported .peft.*merge_and_unload\(\) first") as error:
+            make(inner, found)
+        assert "\n" not in str(error.value)
+        if target != "k_proj":
+            close(encode_images(make(adapted.merge_and_unload(), found), x), right, 1e-4)
 
 
 def test_padded_rows_and_the_text_tower_are_no_targets(clip):

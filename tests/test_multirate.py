@@ -362,6 +362,24 @@ def test_bad_values_are_named(call, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("shape", [(7, 16), (2, 0, 16), (2, 7, 17), (2, 7, 1), (1, 2, 7, 16)])
+def test_layers_name_their_input_where_its_shape_is_wrong(name, shape):
+    with pytest.raises(ValueError) as error:
+        MAKERS[name](16, 8)(torch.ones(shape))
+    assert str(error.value) == f"x=({shape}, torch.float32) is not allowed; allowed: (B, T, 16) with T ≥ 1, floating-point numbers"
+
+
+@pytest.mark.parametrize("name", ["Baseline", "SplitMRSS"])
+def test_gradients_as_a_function_are_those_of_backward(name):
+    model, x = with_form(MAKERS[name](16, 8), "channels_last"), torch.randn(2, 40, 16)
+    weights = dict(model.named_parameters())
+    found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (x,)).square().sum())(weights)
+    model(x).square().sum().backward()
+    for parameter, value in weights.items():
+        torch.testing.assert_close(found[parameter], value.grad)
+
+
 @pytest.mark.parametrize("x", [torch.ones(1, 8, 3, dtype=torch.long), torch.ones(1, 8, 1), torch.ones(8, 3)])
 @pytest.mark.parametrize("form", [None, "fft", "stock", "channels_last"])
 def test_what_is_no_sequence_of_these_channels_is_refused(form, x):

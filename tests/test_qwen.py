@@ -1,5 +1,7 @@
 """Fewer vision tokens in a Qwen2.5-VL-class model: exactness at every place, batches, video, caches, beams, what it costs."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -221,12 +223,12 @@ def test_a_batch_of_different_images_is_one_by_one(model, where, name, implement
         with reduce_vision_tokens(model, name, 0.4, where):
             alone = [torch.stack(model.generate(**p, **words).logits, 1)[0] for p in prompts]
             together = torch.stack(model.generate(**batch_of(model, prompts), **words).logits, 1)
-            right = model(**batch_of(model, prompts, left=False)).logits[:, -1]
+            with pytest.raises(ValueError, match="attention_mask=.* on the right .* is not allowed; allowed: filled up on the left only"):
+                model(**batch_of(model, prompts, left=False))
     finally:
         model.set_attn_implementation("sdpa")
-    for one, row, last in zip(alone, together, right, strict=True):
+    for one, row in zip(alone, together, strict=True):
         close(row, one)
-        close(last, one[0])
 
 
 def test_eager_equals_sdpa(model):
@@ -360,6 +362,8 @@ def without(given, *names):
 @pytest.mark.parametrize("change, said", [
     (lambda given: without(given, "mm_token_type_ids"), "mm_token_type_ids=None"),
     (lambda given: dict(given, output_attentions=True), "output_attentions"),
+    (lambda given: dict(given, labels=given["input_ids"]), "labels='given' is not allowed; allowed: None"),
+    (lambda given: dict(given, attention_mask=given["attention_mask"].index_fill(1, torch.tensor([3]), 0)), "attention_mask='filled up on the right or inside'"),
     (lambda given: dict(given, input_ids=given["input_ids"][:, 3:], attention_mask=None, mm_token_type_ids=None), "placeholders=15"),
     (lambda given: dict(without(given, "input_ids"), inputs_embeds=torch.zeros(1, 58, 64)), "input_ids=None")])
 def test_inputs_that_cannot_be_reduced(model, change, said):
@@ -367,6 +371,69 @@ def test_inputs_that_cannot_be_reduced(model, change, said):
     with reduce_vision_tokens(model, "grid", 0.5), pytest.raises(ValueError, match="is not allowed") as error:
         model(**change(given))
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def refused(model, said, kind=ValueError):
+    """In one line, when the block begins and when a prompt is read in it."""
+    with pytest.raises(kind, match=said) as error, reduce_vision_tokens(model, "grid", 0.5):
+        pass
+    assert "\n" not in str(error.value) and "forward" not in vars(model.model) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("place", ["visual", "visual.blocks.1", "visual.blocks.1.attn", "language_model"])
+def test_hooks_and_patches_that_would_be_left_out_are_refused(model, place):
+    part, given = model.model.get_submodule(place), made(model, (8, 8))
+    hook = part.register_forward_hook(lambda *_: None)
+    refused(model, f"hooks on=.'{place}'")
+    hook.remove()
+    part.forward = lambda *args, **kwargs: None
+    refused(model, f"forwards of their own=.'{place}'")
+    del part.forward
+    kind = type(part)
+    part.__class__ = type("Own", (kind,), dict(forward=lambda self, *args, **kwargs: None, __module__=__name__))
+    refused(model, f"forwards of their own=.'{place}'")
+    part.__class__ = kind
+    with reduce_vision_tokens(model, "grid", 0.5):
+        hook = part.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="hooks on"):
+            model(**given)
+        hook.remove()
+        model(**given)
+
+
+def test_a_forward_of_the_models_own_and_hidden_states_by_configuration_are_refused(model):
+    inner, given = model.model, made(model, (8, 8))
+    before = inner.forward
+    inner.forward = lambda *args, **kwargs: before(*args, **kwargs)
+    with pytest.raises(ValueError, match="modules patched=\"the model's forward\""), reduce_vision_tokens(model, "grid", 0.5):
+        pass
+    del inner.forward
+    for config in (inner.config, inner.language_model.config):
+        config.output_hidden_states = True
+        with reduce_vision_tokens(model, "grid", 0.5), pytest.raises(ValueError, match="options=.'output_hidden_states'"):
+            model(**given)
+        config.output_hidden_states = False
+
+
+@pytest.mark.parametrize("part", ["visual", "language_model"])
+def test_a_registered_attention_is_refused(model, part, monkeypatch):
+    registry = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(registry._local_mapping, "sharp", lambda *args, **kwargs: None)
+    monkeypatch.setattr(model.model.get_submodule(part).config, "_attn_implementation_internal", "sharp")
+    refused(model, "attn_implementation='sharp' is not supported", TypeError)
+
+
+def test_another_image_asks_anew_without_a_cache(model):
+    """A prompt that begins like the last one but shows another image is no answer that has grown."""
+    given, other = made(model, (12, 12)), made(model, (12, 12), seed=3)
+    more = torch.randint(9, 400, (1, 3))
+    longer = dict(other, **{name: torch.cat([given[name], filler], 1) for name, filler in (
+        ("input_ids", more), ("attention_mask", torch.ones_like(more)), ("mm_token_type_ids", torch.zeros_like(more)))})
+    with reduce_vision_tokens(model, "fastv", 0.3, "language"):
+        alone = model(**longer, use_cache=False).logits
+    with reduce_vision_tokens(model, "fastv", 0.3, "language"):
+        model(**given, use_cache=False)
+        close(model(**longer, use_cache=False).logits, alone)
 
 
 def test_caches_that_cannot_be_reduced(model):

@@ -293,6 +293,32 @@ def test_a_bfloat16_model_is_as_close_to_float32_as_the_librarys_and_generates(f
     assert ours.generate(ids, 5).shape == (2, 45)
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@torch.no_grad()
+def test_a_deep_bfloat16_model_keeps_its_residual_in_float32_where_the_config_says_so(family):
+    theirs = library_model(family, layers=24, width=32)
+    theirs.backbone.embeddings.weight.mul_(10)
+    half, ids = copy.deepcopy(theirs).bfloat16(), torch.randint(64, (2, 40))
+    exact = copy.deepcopy(half).float()(ids).logits
+    wrong = lambda model: float((model(ids)[0] - exact).norm())
+    ours, rounded = model_from_transformers(half), model_from_transformers(half)
+    rounded.residual_in_fp32 = False
+    assert wrong(ours) <= 1.25 * wrong(half) and wrong(ours) < 0.9 * wrong(rounded)
+    half.config.residual_in_fp32 = False
+    assert torch.equal(model_from_transformers(half)(ids)[0], rounded(ids)[0])
+
+
+def test_embeddings_are_tied_where_they_were():
+    for tied in (True, False):
+        theirs = library_model("mamba", tie_word_embeddings=tied)
+        ours, ids = model_from_transformers(theirs), torch.randint(64, (2, 9))
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+        ours(ids)[0].square().sum().backward()
+        theirs(ids).logits.square().sum().backward()
+        close(ours.embeddings.weight.grad / theirs.backbone.embeddings.weight.grad.norm(),
+              theirs.backbone.embeddings.weight.grad / theirs.backbone.embeddings.weight.grad.norm(), 1e-4)
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16),
                                   lambda m: m.bfloat16().float(), lambda m: copy.deepcopy(m).bfloat16()])
 def test_decays_survive_a_cast_in_full(cast):
@@ -405,6 +431,44 @@ def test_a_model_goes_on_from_its_states():
     close(torch.cat([first, model(ids[:, 13:], states)[0]], 1), whole, 1e-4)
 
 
+@torch.no_grad()
+def test_attention_in_a_model_refuses_to_go_on_from_states_that_know_nothing():
+    model, ids = MambaLM(10, 16, [Mamba2Block(16, 4, 8), AttentionLayer(16, 4)]), torch.randint(10, (2, 20))
+    _, states = model(ids[:, :10])
+    _, alone = model.layers[1]["mixer"](torch.randn(2, 5, 16))
+    for call, words in ((lambda: model(ids[:, 10:], states), "state="), (lambda: model.layers[1]["mixer"](torch.randn(2, 5, 16), alone), "state="),
+                        (lambda: model.step(ids[:, 0]), "mixers='AttentionLayer'"), (lambda: model.generate(ids, 2), "mixers='AttentionLayer'"),
+                        (lambda: model(ids, []), r"len\(states\)=0.*2 layers")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert model.generate(ids, 1).shape == (2, 21)
+
+
+@pytest.mark.parametrize("fault", ["A", "delta"])
+def test_where_no_value_can_be_read_ssd_makes_nan_of_what_it_would_refuse(fault, monkeypatch):
+    x, delta, A, B, C = random_ssd(20)
+    right = ssd(x, delta, A, B, C)
+    monkeypatch.setattr(scan, "readable", lambda v: False)  # as while it is compiled
+    close(ssd(x, delta, A, B, C), right, 1e-12)
+    if fault == "A":
+        A[1] = 0.1
+    else:
+        delta[1, 15, 1] = -0.1
+    y, state = ssd(x, delta, A, B, C, chunk=10)
+    assert y[1, 15:, 1].isnan().all() and state.isnan().any() and y[:, :, 0].isfinite().all() and y[0, :, 1].isnan().any() == (fault == "A")
+
+
+def test_single_tokens_and_the_four_sums_stay_in_float32_under_autocast():
+    given = [v.float() for v in random_ssd(30)]
+    (y, state), token = ssd_sequential(*given), [v if v.dim() == 1 else v[:, 0] for v in given]
+    one, one6 = ssd_step(*token, torch.zeros_like(state).float()), [v if v.dim() == 2 else v[:, 0].float() for v in random_s6(3, dtype=torch.float32)]
+    six = s6_step(*one6, torch.ones(2, 5, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        close(ssd_minimal(*given), (y.float(), state.float()), 1e-5)
+        close(ssd_step(*token, torch.zeros_like(state).float()), one, 0)
+        close(s6_step(*one6, torch.ones(2, 5, 6)), six, 0)
+
+
 def test_flops_equal_the_formula():
     batch, length, heads, p, n, q = 2, 64, 2, 8, 4, 16
     x, *rest = random_ssd(length, heads, p, n, 1, batch, torch.float32)
@@ -463,6 +527,14 @@ def test_recomputation_needs_less_memory(fast, definition, inputs):
     (lambda: AttentionLayer(16, 4)(torch.ones(1, 2, 16), "cache"), "state"),
     (lambda: MambaLM(10, 16, [MambaBlock(16)]).generate(torch.zeros(1, 3, dtype=torch.long), -1), "tokens=-1"),
     (lambda: MambaLM(10, 16, [MambaBlock(16)]).generate(torch.zeros(1, 0, dtype=torch.long), 2), "ids.shape"),
+    (lambda: Mamba2Block(16, 4, 8)(torch.ones(3, 20, 16), lengths=[7, 7, 7]), "lengths='list'.*0 to 20"),
+    (lambda: Mamba2Block(16, 4, 8)(torch.ones(3, 20, 16), lengths=torch.ones(3)), "lengths=.*float32"),
+    (lambda: Mamba2Block(16, 4, 8)(torch.ones(3, 20, 16), lengths=torch.ones(3) > 0), "lengths=.*bool"),
+    (lambda: MambaBlock(16)(torch.ones(3, 20, 16), lengths=torch.tensor([7])), r"lengths=\(\(1,\).*\(3,\)"),
+    (lambda: MambaBlock(16)(torch.ones(3, 20, 16), lengths=torch.ones(3, 20).long()), r"lengths=\(\(3, 20\)"),
+    (lambda: Mamba2Block(16, 4, 8, taps=1)(torch.ones(3, 20, 16), lengths=torch.tensor([25, 7, 20])), r"lengths=\[25, 7, 20\].*0 to 20"),
+    (lambda: MambaBlock(16)(torch.ones(1, 20, 16), lengths=torch.tensor([-1])), r"lengths=\[-1\]"),
+    (lambda: model_from_transformers(library_model("mamba").backbone), "model='MambaModel'.*MambaForCausalLM"),
     (lambda: block_from_transformers(None, transformers.FalconMambaConfig()), "model_type='falcon_mamba'.*mamba2"),
 ])
 def test_wrong_input_gives_one_clear_line(call, words):

@@ -59,6 +59,22 @@ def test_tasks_can_be_solved_from_what_they_show(task):
         assert [asked[t] for t in places] == answers
 
 
+@pytest.mark.parametrize("task, options, words", [
+    ("mqar", dict(length=10, pairs=4), "pairs=4.*1 to 2"), ("mqar", dict(length=64, pairs=16, vocabulary=32), "pairs=16.*1 to 15"),
+    ("copying", dict(length=3, memory=4), "memory=4.*length=3"), ("induction", dict(length=2), "length=2.*at least 3")])
+def test_what_cannot_be_shown_is_not_asked(task, options, words):
+    with pytest.raises(ValueError, match=words):
+        RECALL[task][0](2, **options)
+
+
+def test_the_smallest_tasks_ask_for_all_they_show():
+    assert [int((RECALL[t][0](5, **o)[1] >= 0).sum()) for t, o in (
+        ("mqar", dict(length=16, pairs=4)), ("mqar", dict(length=60, pairs=15, vocabulary=32)), ("copying", dict(length=4)),
+        ("induction", dict(length=3)))] == [20, 75, 20, 5]
+    with pytest.raises(ValueError, match="steps=0"):
+        learn_recall(Lookup(), "mqar", 0, 0)
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward+backward"])
 def test_what_the_librarys_path_writes_out_is_what_is_refused(kind):
     """Its largest product, found by watching it run on meta tensors, is the one that the guard compares with its limit."""
@@ -121,7 +137,7 @@ def test_further_losses_reach_the_model():
     assert pulled.table.weight.norm() < plain.table.weight.norm()
 
 
-def test_all_models_train_once_and_errors_are_paired_by_seed(run):
+def test_all_models_train_once_and_errors_are_paired_by_seed(run, capsys):
     table, built = Table(run, "trainings", key=["task", "variant", "seed_of_model"]), []
 
     def build(task):
@@ -140,6 +156,9 @@ def test_all_models_train_once_and_errors_are_paired_by_seed(run):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained[key].parameters(), strict=True))
     ratio = error_ratio(table, "one", "other", task="copying")
     assert ratio == (1, 1, 1)  # the same start and data
+    capsys.readouterr()
+    table.add(dict(table.find(variant="other", seed_of_model=2)[0], status="nan", wrong=math.nan))
+    assert error_ratio(table, "one", "other", task="copying")[0] == 1 and "leaves out 1 of 2 seeds" in capsys.readouterr().out
 
 
 def test_the_learning_rate_that_learns_most_is_chosen_on_a_seed_that_no_result_uses(run):
@@ -229,6 +248,9 @@ def test_agreement_asserts_says_and_keeps(run, capsys):
         agree("pair", [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.zeros(3)], 1e-2)
     with pytest.raises(ValueError):
         agree("uneven", [torch.ones(2)], [torch.ones(2), torch.zeros(3)], 1e-2)
+    for other in (torch.ones(1, 7, 3), torch.ones(3), torch.ones(())):
+        with pytest.raises(AssertionError, match=r"one of many: shapes differ, \[\(\(4, 7, 3\)"):
+            agree("one of many", torch.ones(4, 7, 3), other, 1e-6)
 
 
 def test_crossing_finds_the_length_and_says_when_there_is_none():

@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+import sys
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,11 +360,12 @@ def test_the_table_is_whole():
 
 
 def test_what_an_adapter_cannot_do_right_is_refused_by_name(clip):
-    two = torch.nn.ModuleList([clip.vision_model, build("ViT")])
+    two, deep = torch.nn.ModuleList([clip.vision_model, build("ViT")]), torch.nn.ModuleList([torch.nn.ModuleList([clip]), build("ViT")])
     masked = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION))
     quantised = build("BLIP")
     quantised.encoder.layers[0].self_attn.qkv = torch.nn.Sequential(quantised.encoder.layers[0].self_attn.qkv)
     bare = dict(two=(two, TypeError, r"several vision towers \(CLIP, ViT\): give the one"),
+                deep=(deep, TypeError, r"several vision towers \(ViT, CLIP\): give the one"),
                 masked=(masked, ValueError, "mask_ratio=0.75 is not allowed; allowed: 0"),
                 quantised=(quantised, TypeError, "Sequential in the place of Linear"))
     for other, kind, words in bare.values():
@@ -408,8 +412,8 @@ def test_hidden_states_are_the_librarys_and_hold_every_patch(name, pixels):
         assert module(pixel_values=pixels).hidden_states is None
     assert [x.shape for x in out.hidden_states] == [x.shape for x in expected]
     close(out.hidden_states[0], expected[0])  # nothing has merged yet, and patches are in the order of the image
-    reducer = reducer_for_budget("ours", 0.6, model, cls_only_last=None if name in ("CLIP", "SigLIP") else False)
-    reducer.cls_only_last = False
+    reducer = reducer_for_budget("ours", 0.6, model, cls_only_last=False)
+    assert encoder_macs(model, reducer) <= 0.6 * encoder_macs(model)
     tokens = run_encoder(tower, pixels, reducer, trace=True)
     close(out.hidden_states[-1], torch.stack([x[owner] for x, owner in zip(tokens.x, tokens.owner, strict=True)]))
 
@@ -449,9 +453,136 @@ def test_last_hidden_state_is_never_one_token_without_a_word(clip, pixels):
         other = build(name)
         with token_reduction(other, "ours", budget=0.6):
             assert outputs(other, pixels)[0].shape[1] == 64 + make_tower(other).prefix
+
+
+class MeanHead(transformers.ViTForImageClassification):
+    """A head of one's own in a class that inherits the library's."""
+
+    def forward(self, pixel_values, **_):
+        return SimpleNamespace(logits=self.classifier(self.vit(pixel_values).last_hidden_state.mean(1)))
+
+
+@pytest.mark.parametrize("name", ["ours", "tome", "cls_drop"])
+def test_where_a_head_reads_the_cls_token_nobody_takes_it_for_all_tokens(name, pixels):
     head = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).eval()
-    with token_reduction(head, "ours", budget=0.6):
-        assert head(pixels).logits.shape == (3, 5), "its head reads the CLS token there"
+    reducer = reducer_for_budget(name, 0.6, head)
+    first = make_tower(head).finish(run_encoder(make_tower(head), pixels, reducer).x[:, :1])
+    with token_reduction(head, name, budget=0.6):
+        last = head.vit(pixels).last_hidden_state
+        close(last[:, :1], first)
+        assert last.shape == (3, 65, 48) and last[:, 1:].isnan().all()
+        close(head(pixels).logits, head.classifier(first[:, 0]))
+    bare = head.vit  # without a pooler, and asked for no patches
+    with token_reduction(bare, name, budget=0.6, patch_tokens=False, cls_only_last=True):
+        assert bare(pixels).last_hidden_state.isfinite().sum() == 3 * 48
+
+
+@pytest.mark.parametrize("kind", [MeanHead, type("ViTForImageClassification", (MeanHead,), {})])
+def test_a_head_of_ones_own_gets_every_patch_whatever_its_name_is(kind, pixels):
+    model = kind(transformers.ViTConfig(**VISION, num_labels=5)).eval()
+    before = model(pixels).logits
+    with token_reduction(model, "ours", budget=1.0):
+        close(model(pixels).logits, before)
+    plain = transformers.ViTForImageClassification(model.config).eval()
+    patch(plain)
+    with token_reduction(plain, "ours", budget=1.0):
+        assert plain.vit(pixels).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
+def test_what_is_missing_in_an_output_keeps_its_place(name, pixels):
+    model = build(name)
+    with token_reduction(model, "ours", budget=0.6):
+        for out in (model.get_image_features(pixel_values=pixels), model.vision_model(pixels)):
+            assert out[1] is out.pooler_output and out[:1] == (None,) and len(out.to_tuple()) == 2 and out["pooler_output"] is out[1]
+            with pytest.raises(ValueError, match="last_hidden_state=None is not allowed; allowed: pooler_output") as error:
+                out[0]
+            one_line(error)
+        states = model.vision_model(pixels, output_hidden_states=True)
+        assert states[2] is states.hidden_states and len(states.hidden_states) == 7
+
+
+def test_a_budget_holds_with_hidden_states_too(clip, pixels):
+    call = lambda **more: count_flops(lambda: clip.vision_model(pixels[:1], **more))
+    whole = call()
+    for size in (None, 64):
+        with token_reduction(clip, "ours", budget=0.7, image_size=size):
+            assert 0.65 < call(output_hidden_states=True) / whole <= 0.7 and 0.65 < call() / whole <= 0.7
+
+
+class Around(torch.nn.Module):
+    """A model with a model inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("around", [Around, torch.nn.DataParallel, lambda model: Around(Around(model))])
+def test_a_model_inside_another_is_projected_by_its_own(around, clip, pixels):
+    close(encode_images(around(clip), pixels), F.normalize(whole_call(clip, pixels), dim=-1))
+    assert encoder_macs(around(clip)) == encoder_macs(clip)
+
+
+def test_the_retrieval_model_of_blip_is_projected_as_it_does_itself(pixels):
+    text = dict(TEXT, encoder_hidden_size=48, sep_token_id=2)
+    model = transformers.BlipForImageTextRetrieval(transformers.BlipConfig(vision_config=VISION, text_config=text, image_text_hidden_size=20)).eval()
+    model.vision_model.post_layernorm.weight.normal_()
+    expected = F.normalize(model.vision_proj(model.vision_model(pixels).last_hidden_state[:, 0]), dim=-1)
+    close(encode_images(model, pixels), expected)
+    assert encoder_macs(model) == encoder_macs(model.vision_model) + 48 * 20
+
+
+@pytest.mark.parametrize("name", ["CLIP", "ViT", "BLIP", "DINOv2", "DINOv3", "SigLIP", "timm's ViT", "OpenCLIP"])
+def test_dropout_of_any_attention_is_refused_while_it_trains(name, pixels):
+    model = build(name)
+    with token_reduction(model, Reducer()):
+        part = make_tower(model).blocks[2].attentions()[-1]
+        place = next(place for place in ("dropout", "dropout_prob", "attention_dropout", "attn_drop") if hasattr(part, place))
+        setattr(part, place, torch.nn.Dropout(0.5) if isinstance(getattr(part, place), torch.nn.Module) else 0.5)
+        if not isinstance(getattr(part, place), torch.nn.Module):
+            whole_call(model, pixels)
+        model.train()
+        for use in (lambda: whole_call(model, pixels), lambda: encode_images(model, pixels)):
+            with pytest.raises(ValueError, match="attention dropout=0.5"):
+                use()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 4), torch.zeros(3, 64, 64).numpy(), None])
+def test_what_is_no_batch_of_images_is_one_line(wrong, clip):
+    calls = [lambda: encode_images(clip, wrong)]
+    with token_reduction(clip, Reducer()):
+        for call in [*calls, lambda: clip.get_image_features(pixel_values=wrong)]:
+            with pytest.raises(ValueError, match="pixel_values=.* is not allowed; allowed: ") as error:
+                call()
+            one_line(error)
+
+
+@pytest.mark.parametrize("wrong", ["ours", InputPruning, 0.5])
+def test_what_is_no_reducer_is_one_line(wrong, clip, pixels):
+    for call in (lambda: encode_images(clip, pixels, wrong), lambda: encoder_macs(clip, wrong), lambda: trace_encoder(clip, wrong)):
+        with pytest.raises(TypeError, match="reducer=.* is not supported; supported: .*reducer_for_budget") as error:
+            call()
+        one_line(error)
+
+
+def test_sizes_and_implementations_are_what_they_are_called(clip, pixels):
+    assert encoder_macs(clip, None, np.int64(64)) == encoder_macs(clip) == encoder_macs(clip, None, (np.int64(64), 64))
+    for call in (lambda: encoder_macs(clip, None, "64"), lambda: encoder_macs(clip, None, (64, 0)), lambda: encoder_macs(clip, None, 64.0)):
+        with pytest.raises(ValueError, match="image_size=.* is not allowed; allowed: a whole number of pixels"):
+            call()
+    with pytest.raises(ValueError, match="implementation='flash' is not allowed; allowed: sdpa, eager"):
+        encode_images(clip, pixels, implementation="flash")
+
+
+def test_offloaded_weights_and_traces_are_refused_in_one_line(clip, pixels):
+    with token_reduction(clip, "ours", budget=0.6), pytest.raises(ValueError, match="torch.jit.trace=.*torch.compile"):
+        torch.jit.trace(lambda x: whole_call(clip, x), pixels, check_trace=False)
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = accelerate.cpu_offload(build("ViT"), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="weights='meta .offloaded.'") as error, token_reduction(offloaded, "ours", budget=0.6):
+        pass
+    one_line(error)
 
 
 @pytest.mark.parametrize("name", ["CLIP", "DINOv2", "DINOv3", "BLIP", "EVA-CLIP", "EVA-02-CLIP", "OpenCLIP"])
@@ -653,7 +784,7 @@ class Silent(transformers.models.clip.modeling_clip.CLIPEncoderLayer):
     (lambda layer: another_forward(layer.self_attn), "forward of its own")])
 def test_a_layer_that_computes_something_else_is_refused(clip, pixels, change, words):
     change(find_vision_module(clip)[0].encoder.layers[2])
-    with pytest.raises(TypeError, match="layer 2.*" + words):
+    with pytest.raises(TypeError, match="layer.* ?2.*" + words):
         encode_images(clip, pixels)
 
 
@@ -671,11 +802,6 @@ def compiled_forward(layer):
     layer.forward = torch.compile(layer.forward, backend="eager")
 
 
-def copied(layer):
-    """As from a copy of the library's file: tower and layers of a class elsewhere."""
-    layer.__class__ = type("CLIPEncoderLayer", (type(layer),), dict(forward=Silent.forward, __module__="copies.modeling_clip"))
-
-
 @pytest.mark.parametrize("change", [hooked_by_accelerate, hooked_and_freed, compiled_forward, lambda layer: layer.compile(backend="eager")])
 def test_a_layer_that_computes_the_same_in_another_way_is_taken(clip, pixels, change):
     right = encode_images(clip, pixels)
@@ -683,14 +809,112 @@ def test_a_layer_that_computes_the_same_in_another_way_is_taken(clip, pixels, ch
     close(encode_images(clip, pixels), right)
 
 
-def test_a_copy_of_a_librarys_file_is_taken_a_class_from_elsewhere_is_not(clip, pixels, monkeypatch):
-    module, written = find_vision_module(clip)[0], Silent.forward.__module__
-    copied(module.encoder.layers[2])
-    with pytest.raises(TypeError, match="layer 2: CLIPEncoderLayer with a forward of its own"):
+def elsewhere(module, whole):
+    """As of a copy of the library's file, which inherits nothing of it, or only of a class that does."""
+    module.__class__ = type(type(module).__name__, (torch.nn.Module if whole else type(module),), dict(forward=Silent.forward, __module__=Silent.__module__))
+
+
+def test_a_whole_copy_of_a_librarys_file_is_taken_a_class_from_elsewhere_is_not(clip, pixels):
+    module, right = find_vision_module(clip)[0], encode_images(clip, pixels)
+    layer, kind = module.encoder.layers[2], type(module.encoder.layers[2])
+
+    def refused(whole):
+        elsewhere(layer, whole)
+        with pytest.raises(TypeError, match="layers.2: CLIPEncoderLayer with a forward of its own"):
+            make_tower(clip)
+        layer.__class__ = kind
+
+    refused(whole=False), refused(whole=True)
+    elsewhere(module, whole=True)
+    close(encode_images(clip, pixels), right)
+    refused(whole=False)
+    elsewhere(layer, whole=True)
+    close(encode_images(clip, pixels), right)
+
+
+def mean_of(out):
+    out.pooler_output = out.last_hidden_state.mean(1)
+    return out
+
+
+def inherit(module, method="forward", change=lambda out: out):
+    """As by a subclass that calls the library's method and changes what comes of it."""
+    own = lambda self, *args, **kwargs: change(getattr(super(type(self), self), method)(*args, **kwargs))
+    module.__class__ = type(type(module).__name__, (type(module),), {method: own, "__module__": Silent.__module__})
+
+
+def patch(module, method="forward", change=lambda out: out):
+    before = getattr(module, method)
+    setattr(module, method, lambda *args, **kwargs: change(before(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("own", [inherit, patch])
+@pytest.mark.parametrize("name, place, method", [
+    ("ViT", "", "forward"), ("CLIP", "vision_model", "forward"), ("CLIP", "vision_model.encoder", "forward"), ("SigLIP", "vision_model.head", "forward"),
+    ("DINOv2", "", "forward"), ("timm's ViT", "", "forward_features"), ("timm's ViT", "", "forward_head"), ("OpenCLIP", "transformer", "forward")])
+def test_a_tower_an_encoder_or_a_head_with_a_forward_of_its_own_is_refused(name, place, method, own, pixels):
+    model = build(name)
+    own(model.get_submodule(place), method)
+    for use in (lambda: encode_images(model, pixels), token_reduction(model, Reducer()).__enter__):
+        with pytest.raises(TypeError, match=f"with a {method} of its own is not supported") as error:
+            use()
+        one_line(error)
+
+
+def test_layers_and_a_tower_of_ones_own_file_that_inherit_the_librarys_are_refused(clip):
+    inherit(clip.vision_model, change=mean_of)
+    clip.vision_model.encoder.layers[1].__class__ = Silent
+    with pytest.raises(TypeError, match="layers.1: Silent with a forward of its own"):
         make_tower(clip)
-    module.__class__ = type("CLIPVisionModel", (type(module),), dict(forward=lambda self, *rest: None))
-    assert type(module).forward.__module__ == written
+
+
+def test_a_librarys_class_that_was_patched_is_refused(clip, monkeypatch):
+    monkeypatch.setattr(type(clip.vision_model.encoder), "forward", lambda self, inputs_embeds, **_: None)
+    with pytest.raises(TypeError, match="encoder: CLIPEncoder with a forward of its own"):
+        make_tower(clip)
+    monkeypatch.undo()
     make_tower(clip)
+
+
+def test_what_is_patched_inside_is_refused_not_left_out(clip, pixels):
+    with token_reduction(clip, Reducer()):
+        patch(clip.vision_model.encoder)
+        with pytest.raises(ValueError, match="modules patched=.'encoder'"):
+            whole_call(clip, pixels)
+
+
+def test_softmax_attention_of_ones_own_says_so_itself(clip, pixels):
+    """plain_attention counts for the class that writes it, not for those that inherit it."""
+    attention, right = clip.vision_model.encoder.layers[1].self_attn, encode_images(clip, pixels)
+    inherit(attention)
+    with pytest.raises(TypeError, match="plain_attention = True in its class"):
+        make_tower(clip)
+    type(attention).plain_attention = True
+    attention.__class__ = type("Plain", (type(attention),), {})
+    close(encode_images(clip, pixels), right)
+    inherit(attention)
+    with pytest.raises(TypeError, match="with a forward of its own"):
+        make_tower(clip)
+
+
+def test_a_registered_attention_is_refused_also_under_a_known_name(clip, pixels, monkeypatch):
+    registry = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    own = lambda module, q, k, v, mask, scaling=None, **_: (torch.softmax(4 * scaling * q @ k.mT, -1) @ v).transpose(1, 2).contiguous()
+    right = whole_call(clip, pixels)
+    for name in ("sharp", "sdpa"):
+        monkeypatch.setitem(registry._local_mapping, name, own)
+        clip.vision_model.config._attn_implementation = name
+        with pytest.raises(TypeError, match=f"attn_implementation='{name}' is not supported") as error:
+            encode_images(clip, pixels)
+        one_line(error)
+        monkeypatch.undo()
+        clip.vision_model.config._attn_implementation = "eager"
+        with token_reduction(clip, Reducer()):
+            close(whole_call(clip, pixels), right)
+            monkeypatch.setitem(registry._local_mapping, name, own)
+            clip.vision_model.config._attn_implementation = name
+            with pytest.raises(TypeError, match="attn_implementation"):
+                whole_call(clip, pixels)
 
 
 def test_the_head_of_a_timm_model_may_change_inside(pixels):

@@ -119,7 +119,7 @@ def test_front_keeps_what_no_other_beats_in_both():
 
 
 @pytest.mark.parametrize("holds, verdict", [
-    ((True, True), SUPPORTED), ((True, None), UNDECIDED), ((None, False), NOT_SUPPORTED), ((True, False), NOT_SUPPORTED)])
+    ((True, True), SUPPORTED), ((True, None), UNDECIDED), ((None, False), NOT_SUPPORTED), ((True, False), NOT_SUPPORTED), ((), UNDECIDED)])
 def test_all_parts_of_a_claim_must_hold(holds, verdict):
     assert together(*holds) == verdict
 

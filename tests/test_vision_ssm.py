@@ -280,6 +280,33 @@ def test_orders_of_what_is_left():
     assert keep_tokens(orders, torch.arange(5)[None])[1].unique().tolist() == [1]
 
 
+def test_keeping_tokens_twice_is_keeping_the_last_ones_at_once():
+    orders, kept = scan_orders(4, 4, 4)[None], torch.tensor([[0, 1, 4, 6, 9, 11, 14, 16], [0, 2, 5, 8, 9, 12, 13, 16]])
+    again = torch.tensor([[0, 2, 4, 6], [0, 1, 3, 5]])
+    order, gap = keep_tokens(orders, kept)
+    twice, once = keep_tokens(order, again, gap=gap), keep_tokens(orders, kept.gather(1, again))
+    assert torch.equal(twice[0], once[0]) and torch.equal(twice[1], once[1])
+    with pytest.raises(ValueError, match=r"order.shape=\(2, 4, 8\).*1 or 3"):
+        keep_tokens(order, again[[0, 0, 1]])
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(at=3, share=0.5), "at=3.*0 to 2"), (dict(at=-1, share=0.5), "at=-1"), (dict(at=2.0, share=0.5), r"at=2\.0"), (dict(at="2"), "at='2'"),
+    (dict(at=2, share=25), "share=25.*at most 1"), (dict(at=2, share=0), "share=0"), (dict(share=0.5), "share=0.5.*`at`"),
+    (dict(at=2, share=0.5, scores=torch.rand(2, 16)), r"scores.shape=\(2, 16\).*\(2, 17\)"), (dict(at=1, share=0.5), "at=1.*importance")])
+def test_a_pruning_that_would_not_be_what_is_asked_for_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        network("attention")(torch.randn(2, 1, 4, 4), **options)
+
+
+def test_an_order_names_each_token_once():
+    block, order = VisionMambaBlock(12, 2, 3, 8, 5), scan_orders(4, 4)[None].clone()
+    order[0, 1, 0] = order[0, 1, 1]
+    for given in (order, order.expand(2, -1, -1)):
+        with pytest.raises(ValueError, match="order='no permutation'.*0 to 16"):
+            block(torch.randn(2, 17, 12), given)
+
+
 @pytest.mark.parametrize("share, count", [(1.0, 8), (0.5, 4), (0.3, 2), (1e-3, 1)])
 def test_the_best_tokens_stay_and_so_does_the_cls_token(share, count):
     scores = torch.rand(5, 9)

@@ -21,8 +21,8 @@ def statements():
 
 
 def together(*holds):
-    """The verdict on a claim of several parts, each True, False or None as `decide` says: all of them must hold."""
-    return NOT_SUPPORTED if False in holds else SUPPORTED if all(holds) else UNDECIDED
+    """The verdict on a claim of several parts, each True, False or None as `decide` says: all of them must hold. No part: undecided."""
+    return NOT_SUPPORTED if False in holds else SUPPORTED if holds and all(holds) else UNDECIDED
 
 
 class Claims:

@@ -22,7 +22,9 @@ class Estimate(NamedTuple):
     high: float = UNKNOWN
 
     def inverse(self):
-        """The Estimate of 1 / value, as of a speed-up from a ratio of times; ends not known where the interval holds 0."""
+        """The Estimate of 1 / value, as of a speed-up from a ratio of times; ends not known where the interval holds 0, NaN for 0."""
+        if not self.value:
+            return Estimate(UNKNOWN)
         return Estimate(1 / self.value, 1 / self.high, 1 / self.low) if self.low * self.high > 0 else Estimate(1 / self.value)
 
     def __str__(self):
@@ -121,12 +123,14 @@ def _redrawn_logs(a, b, draws, random):
 
 
 def wilson(hits, n, z=1.96):
-    """Estimate of a share by Wilson's interval (JASA 22, 1927) of hits / n; n = 0: three NaN."""
+    """Estimate of a share by Wilson's interval (JASA 22, 1927) of hits / n; n = 0: three NaN. ValueError unless 0 ≤ hits ≤ n."""
     if not n:
         return Estimate(UNKNOWN)
+    check(not (hits < 0 or hits > n), "hits", hits, f"0 to n={n}")
     share, middle = hits / n, (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * (n * share * (1 - share) + z * z / 4) ** 0.5
-    return Estimate(float(share), float(middle - half), float(middle + half))
+    low, high = 0 if hits == 0 else middle - half, 1 if hits == n else middle + half  # which rounding would miss by 1e-17
+    return Estimate(float(share), float(low), float(high))
 
 
 def bootstrap_mean(values, draws=2000, weights=None):
@@ -151,9 +155,13 @@ def bootstrap_mean(values, draws=2000, weights=None):
 def seed_ratio(a, b):
     """Estimate of error(a) / error(b) over trainings paired by seed: geometric mean, Student's t on the logs.
 
-    NaN without two pairs, or where an error is not above 0."""
+    NaN without a pair, or where an error is not above 0; one pair has no interval. A pair of which a training was lost (its
+    error is not finite) is left out, and that is printed: the ratio is then that of the others."""
     a, b = np.asarray(a, float), np.asarray(b, float)
+    check(a.shape == b.shape, "shapes", (a.shape, b.shape), "as many errors of both, paired by seed")
     good = np.isfinite(a) & np.isfinite(b)
+    if not good.all():
+        print(f"a ratio of errors leaves out {(~good).sum()} of {len(good)} seeds, where a training was lost")
     a, b = a[good], b[good]
     if not len(a) or (a <= 0).any() or (b <= 0).any():
         return Estimate(UNKNOWN)

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from effarch.bench.intervals import seed_ratio
-from effarch.checks import check
+from effarch.checks import check, check_count, is_count
 
 UNASKED = -100  # the label where nothing is asked; cross_entropy leaves it out
 
 
 def induction(batch, length=64, vocabulary=16, generator=None):
     """(ids, labels), both (B, T): token 0 is the trigger; at the end it comes again, and asks for what followed it."""
+    check(length >= 3, "length", length, "at least 3: the trigger, what follows it, the trigger again")
     ids = torch.randint(1, vocabulary, (batch, length), generator=generator)
     labels = torch.full((batch, length), UNASKED)
     rows, at = torch.arange(batch), torch.randint(0, length - 2, (batch,), generator=generator)
@@ -25,6 +26,7 @@ def induction(batch, length=64, vocabulary=16, generator=None):
 
 def copying(batch, length=60, memory=4, vocabulary=8, generator=None):
     """(ids, labels), (B, length + memory): data tokens (from 2 on) among blanks 0; then markers 1, which ask for them in order."""
+    check(is_count(memory) and memory <= length, "memory", memory, f"1 to length={length}, so that all are shown")
     at = torch.rand(batch, length, generator=generator).argsort(1)[:, :memory].sort(1).values
     data = torch.randint(2, 2 + vocabulary, (batch, memory), generator=generator)
     ids = torch.zeros(batch, length, dtype=torch.long).scatter(1, at, data)
@@ -37,6 +39,8 @@ def copying(batch, length=60, memory=4, vocabulary=8, generator=None):
 def mqar(batch, length=32, pairs=4, vocabulary=64, generator=None):
     """(ids, labels), (B, T): keys 1…V/2-1 and values V/2…V-1 alternate first; each key comes again at an even place (Zoology)."""
     half = vocabulary // 2
+    check(is_count(pairs) and 4 * pairs <= length and pairs < half, "pairs", pairs,
+          f"1 to {min(length // 4, half - 1)}: each pair is shown and asked for in length={length}, its key is one of {half - 1}")
     keys = torch.rand(batch, half - 1, generator=generator).argsort(1)[:, :pairs] + 1
     values = torch.randint(half, vocabulary, (batch, pairs), generator=generator)
     places = torch.rand(batch, (length - 2 * pairs) // 2, generator=generator).argsort(1)[:, :pairs] * 2 + 2 * pairs
@@ -68,6 +72,7 @@ def learn_recall(model, task, steps, seed, extra_loss=None, batch=64, rate=3e-3,
     norm 1. extra_loss(model) is added to the loss. `steps` says when it stopped; a diverged model has status 'nan'. It is
     tested on the samples of test_seed."""
     check(task in RECALL, "task", task, ", ".join(RECALL))
+    check_count(steps, "steps")
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     warm = min(50, max(1, steps // 5))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / warm) * (1 - 0.9 * i / steps))
@@ -136,8 +141,10 @@ def learn_all(run, table, models, tasks, seeds, steps, describe=None, rates=None
 
 
 def error_ratio(table, mine, other, **where):
-    """Estimate of one variant's share of errors over another's, paired by seed; half an error is added to each training."""
-    shares = [{row["seed_of_model"]: (row["wrong"] + 0.5) / row["n_test"] for row in table.find(variant=v, status="ok", **where)}
-              for v in (mine, other)]
+    """Estimate of one variant's share of errors over another's, paired by seed; half an error is added to each training.
+
+    A lost training is NaN, so that `seed_ratio` tells."""
+    share = lambda row: (row["wrong"] + 0.5) / row["n_test"] if row["status"] == "ok" else math.nan
+    shares = [{row["seed_of_model"]: share(row) for row in table.find(variant=v, **where)} for v in (mine, other)]
     both = [seed for seed in shares[0] if seed in shares[1]]
     return seed_ratio(*([share[seed] for seed in both] for share in shares))

@@ -19,8 +19,10 @@ class Agreement:
         self.table = Table(run, name, key=["check"], checked=True)
 
     def __call__(self, what, ours, theirs, tolerance):
-        """ours, theirs: tensors, or lists of tensors; tolerance: of the largest absolute difference. → that difference."""
-        pairs = [(ours, theirs)] if isinstance(ours, torch.Tensor) else zip(ours, theirs, strict=True)
+        """ours, theirs: tensors, or lists of tensors, of equal shapes; tolerance: of the largest absolute difference. → that difference."""
+        pairs = [(ours, theirs)] if isinstance(ours, torch.Tensor) else list(zip(ours, theirs, strict=True))
+        shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs if a.shape != b.shape]
+        assert not shapes, f"{what}: shapes differ, {shapes}"
         error = float(torch.stack([(a.detach().double() - b.detach().double()).abs().max().cpu() for a, b in pairs]).max())  # NaN stays
         assert error <= tolerance, f"{what}: max error {error:.2e} > {tolerance:.0e}"
         self.table.add(dict(check=what, max_abs_err=error, tolerance=tolerance))

@@ -16,12 +16,15 @@ from effarch.checks import check, is_number
 # kept for as long as this process lives: a second run on the same files is refused, a dead one frees them
 _open_journals = {}
 PUBLISHED = "the published run"  # made the rows that `--redraw` takes over
+# provenance is text: a commit of digits, such as 45319738e9, is no number, and version 3.10 is not 3.1
+TEXT = ("run_id", "weights", "compute_capability", "torch", "cuda", "transformers", "python", "git_commit", "utc_time")
 
 
 def value_of(table, column, **where):
-    """The value of a column in the one row of a data frame whose other columns have these values; NaN if there is not one."""
+    """The value of a column in the one row of a data frame whose other columns have these values, as a CSV spells them; NaN if
+    there is not one."""
     for name, wanted in where.items():
-        table = table[table[name] == wanted] if name in table else table.iloc[:0]
+        table = table[table[name].map(spelled) == spelled(wanted)] if name in table else table.iloc[:0]
     return table[column].iloc[0] if len(table) == 1 and column in table else math.nan
 
 
@@ -319,5 +322,5 @@ def write_csv(path, table):
 
 
 def read_csv(path):
-    """Read a table back: figures are drawn from what is on disk. Only an empty cell is a missing value."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    """Read a table back: figures are drawn from what is on disk. Only an empty cell is a missing value; provenance is text."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXT, str))

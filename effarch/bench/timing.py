@@ -20,10 +20,12 @@ def synchronize(device):
     """Wait until the device has finished what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def time_once(fn, device):
-    """Milliseconds of one call: CUDA events on a GPU, perf_counter on a CPU."""
+    """Milliseconds of one call: CUDA events on a GPU, perf_counter on a CPU and, until it has finished, on an Apple GPU."""
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -31,15 +33,19 @@ def time_once(fn, device):
         stop.record()
         torch.cuda.synchronize(device)
         return max(start.elapsed_time(stop), 1e-6)
+    synchronize(device)
     begin = time.perf_counter()
     fn()
+    synchronize(device)
     return max((time.perf_counter() - begin) * 1e3, 1e-6)  # a coarse clock may not have moved; ratios need more than 0
 
 
 def finite(out):
-    """False if a real or complex tensor in `out` (a tensor, or tuples, lists and dicts of them) is not finite."""
+    """False if a real or complex number in `out` (a tensor, an array or a number, or tuples, lists and dicts of them) is not finite."""
     if isinstance(out, torch.Tensor):
         return not (out.is_floating_point() or out.is_complex()) or bool(out.isfinite().all())
+    if isinstance(out, (float, complex, np.ndarray, np.inexact)):
+        return np.asarray(out).dtype.kind not in "fc" or bool(np.isfinite(out).all())
     parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     return all(map(finite, parts))
 
@@ -103,6 +109,7 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     interval was still wider when the time was used). A failed case, such as one whose output is not finite, keeps its `status` and has no times."""
     check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
     chosen = lambda: torch.device(device or ("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"))
+    check(chosen().type in ("cpu", "cuda", "mps"), "device", device, "cpu, cuda, mps: what others have queued would not be waited for")
     references = against if isinstance(against, list) else [against]
     unknown = [name for name in references if name is not None and name not in cases]
     check(not unknown, "against", unknown, f"names of cases: {', '.join(map(str, cases))}")
@@ -234,13 +241,15 @@ def peak_memory(fn, device, resident=()):
 def count_flops(fn):
     """FLOPs of one call as PyTorch's counter sees them: matmuls, attention and convolutions, 2 per multiply-add. In a backward
     pass the counter takes a grouped convolution for a dense one."""
-    aten = torch.ops.aten  # it knows the fused attention of GPUs only, and none of nn.MultiheadAttention's own kernel
-    on_cpu = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-              aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy, q, k, v)}
+    # it knows no fused attention on a CPU, none whose heads of queries share one of keys, and not nn.MultiheadAttention's own kernel
+    each = lambda q, *shared: [(*s[:-3], q[-3], *s[-2:]) for s in shared]  # shapes, as if keys and values were repeated
+    fused = [f"_scaled_dot_product_{kind}" for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]
+    known = {getattr(torch.ops.aten, name): lambda q, k, v, *_, **__: sdpa_flop_count(q, *each(q, k, v)) for name in fused}
+    known |= {getattr(torch.ops.aten, f"{name}_backward"): lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy, q, *each(q, k, v)) for name in fused}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
             fn()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

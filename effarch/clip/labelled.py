@@ -16,12 +16,14 @@ def training_folders(folder):
 
 
 def check_apart(name, train, dataset):
-    """ValueError if the images to learn from, as DATASET names images, lie in the folder of those that judge; None names none."""
+    """ValueError if the images to learn from, as DATASET names images, lie in the folder of those that judge, or these in theirs; None names none."""
     def folder_of(text):
         kind, _, folder = (text or "").partition(":")
         return Path(folder).expanduser().resolve() if kind in ("imagefolder", "photos") else None
 
-    check(folder_of(train) is None or folder_of(train) != folder_of(dataset), name, train, f"other images than those of {dataset}, which judge")
+    mine, judges = folder_of(train), folder_of(dataset)
+    apart = None in (mine, judges) or not (mine.is_relative_to(judges) or judges.is_relative_to(mine))
+    check(apart, name, train, f"other images than those of {dataset}, which judge")
 
 
 def training_source(dataset):

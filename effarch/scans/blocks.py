@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effarch.checks import check, check_count, is_count
-from effarch.scans.scan import s6, s6_step, ssd, ssd_step
+from effarch.scans.scan import readable, s6, s6_step, ssd, ssd_step
 
 
 def causal_conv(x, weight, bias, state=None, act=F.silu, lengths=None):
@@ -32,6 +32,17 @@ def inverse_softplus_uniform(n, low=1e-3, high=1e-1):
     return delta + torch.log(-torch.expm1(-delta))
 
 
+def check_lengths(lengths, batch, length):
+    """ValueError unless `lengths` is None or (batch,), whole numbers from 0 to `length`."""
+    if lengths is None:
+        return
+    told = (tuple(lengths.shape), lengths.dtype) if isinstance(lengths, torch.Tensor) else type(lengths).__name__
+    whole = told in (((batch,), torch.int32), ((batch,), torch.int64))
+    check(whole, "lengths", told, f"None, or ({batch},): whole numbers from 0 to {length}, one for each row of x")
+    if readable(lengths) and bool((lengths < 0).any() | (lengths > length).any()):
+        check(False, "lengths", lengths.tolist(), f"0 to {length}, the tokens of x")
+
+
 class ScanBlock(nn.Module):
     """What both Mamba blocks share. State: (last inputs of the convolution, h). Parameters named in `exact` stay in
     float32 when a model is cast below it: a decay rounded to 8 bits is another memory a hundred tokens later."""
@@ -40,6 +51,7 @@ class ScanBlock(nn.Module):
         """x (B, T, width) → (y (B, T, width), state), going on from `state` if there is one.
 
         lengths (B,): the tokens of each row that count; what follows is padding and leaves the state as it is."""
+        check_lengths(lengths, *x.shape[:2])
         conv_state, h = state or (None, None)
         inputs, gate, conv_state = self.scan_inputs(x, conv_state, lengths)
         y, h = self.scan(*inputs, h, chunk=self.chunk)
@@ -143,7 +155,9 @@ class Mamba2Block(ScanBlock):
 
 
 class AttentionLayer(nn.Module):
-    """Causal multi-head self-attention: x (B, T, width) → (y, None); `step` appends to a key-value cache."""
+    """Causal multi-head self-attention: x (B, T, width) → (y, ()); `step` appends to a key-value cache.
+
+    The empty state knows nothing of x: `forward` refuses to go on from it."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -158,7 +172,7 @@ class AttentionLayer(nn.Module):
     def forward(self, x, state=None):
         check(state is None, "state", type(state).__name__, "None: attention goes on by `step`, from a cache")
         y = F.scaled_dot_product_attention(*self.split(x), is_causal=True)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), None
+        return self.out_proj(y.transpose(1, 2).flatten(2)), ()
 
     def step(self, x, cache, t):
         """Token t, x (B, width); cache (2, B, heads, ≥ t + 1, head width), written in place. Returns y (B, width)."""
@@ -187,10 +201,12 @@ class MambaLM(nn.Module):
     """A language model of any mixers: ids (B, T) → logits (B, T, vocabulary) and one state per layer.
 
     positions: length up to which a learned position is added, as attention needs it; 0: none. A model with positions reads
-    a sequence at once: its states do not say where they stopped."""
+    a sequence at once: its states do not say where they stopped; so does one with an AttentionLayer. residual_in_fp32: what
+    the layers add up to stays in float32 at least when the model is cast below it. ValueError for what cannot go on."""
 
-    def __init__(self, vocabulary, width, mixers, eps=1e-5, positions=0):
+    def __init__(self, vocabulary, width, mixers, eps=1e-5, positions=0, residual_in_fp32=False):
         super().__init__()
+        self.residual_in_fp32 = residual_in_fp32
         self.embeddings = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.02 * torch.randn(positions, width)) if positions else None
         self.layers = nn.ModuleList(nn.ModuleDict(dict(norm=nn.RMSNorm(width, eps=eps), mixer=m)) for m in mixers)
@@ -198,12 +214,14 @@ class MambaLM(nn.Module):
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
 
     def _through(self, how, x, states):
-        after = []
+        check(states is None or len(states) == len(self.layers), "len(states)", len(states or ()), f"None, or one for each of {len(self.layers)} layers")
+        after, x = [], x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+        normed = lambda norm: F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps).to(norm.weight.dtype)
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            y, state = how(layer["mixer"])(layer["norm"](x), state)
+            y, state = how(layer["mixer"])(normed(layer["norm"]), state)
             x = x + y
             after.append(state)
-        return self.lm_head(self.norm_f(x)), after
+        return self.lm_head(normed(self.norm_f)), after
 
     def forward(self, ids, states=None):
         x = self.embeddings(ids)
@@ -216,6 +234,8 @@ class MambaLM(nn.Module):
     def step(self, ids, states=None):
         """ids (B,): one token each → logits (B, vocabulary), states."""
         check(self.positions is None, "positions", "learned", "0 (none), for one token at a time")
+        stuck = any(isinstance(layer["mixer"], AttentionLayer) for layer in self.layers)
+        check(not stuck, "mixers", "AttentionLayer", "mixers with a state, for one token at a time: attention steps from a cache of its own")
         return self._through(lambda mixer: mixer.step, self.embeddings(ids), states)
 
     @torch.no_grad()
@@ -231,9 +251,14 @@ class MambaLM(nn.Module):
 
 
 def model_from_transformers(model):
-    """Our MambaLM with the weights of a transformers MambaForCausalLM or Mamba2ForCausalLM."""
+    """Our MambaLM with the weights of a transformers MambaForCausalLM or Mamba2ForCausalLM; ValueError for another model.
+
+    As there, the embeddings are tied to the output or not, and the residual is in float32 or not."""
+    check(hasattr(model, "backbone") and hasattr(model, "lm_head"), "model", type(model).__name__, "MambaForCausalLM, Mamba2ForCausalLM")
     config = model.config
     blocks = [block_from_transformers(layer.mixer, config) for layer in model.backbone.layers]
-    ours = MambaLM(config.vocab_size, config.hidden_size, blocks, config.layer_norm_epsilon)
+    ours = MambaLM(config.vocab_size, config.hidden_size, blocks, config.layer_norm_epsilon, residual_in_fp32=config.residual_in_fp32)
+    if model.lm_head.weight is model.backbone.embeddings.weight:
+        ours.lm_head.weight = ours.embeddings.weight
     ours.load_state_dict({k.removeprefix("backbone."): v for k, v in model.state_dict().items()})
     return ours.to(model.lm_head.weight).eval()

@@ -11,6 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from effarch.checks import check, check_count
 
 
+def no_autocast(x):
+    """A context in which autocast, if it is on, leaves products in the type of their inputs."""
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def at_least_float32(scan):
     """Decorate scan(x, delta, A, B, C, state=None, …) → (y, state): all is computed in the inputs' common type, float32
     at least, also under autocast, as half precision is not enough for products of many decays. y has x's type."""
@@ -21,8 +27,7 @@ def at_least_float32(scan):
             real = isinstance(v, torch.Tensor) and v.is_floating_point()
             check(real, name, getattr(v, "dtype", type(v).__name__), "a tensor of floating-point numbers")
         kind = functools.reduce(torch.promote_types, {v.dtype for v in given}, torch.float32)
-        device = "cpu" if x.is_meta else x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with no_autocast(x):
             y, state = scan(*(v.to(kind) for v in given), **options)
         return y.to(x.dtype), state
     return wrapped
@@ -44,7 +49,8 @@ def s6_step(x, delta, A, B, C, state):
     Returns y (B, D) and the new state, computed in the state's type. The skip D·x is left to the block."""
     kind, (x, delta, A, B, C) = x.dtype, (v.to(state.dtype) for v in (x, delta, A, B, C))
     state = torch.exp(delta[:, None] * A.T) * state + B[:, :, None] * (delta * x)[:, None]
-    return (C[:, None] @ state)[:, 0].to(kind), state
+    with no_autocast(x):
+        return (C[:, None] @ state)[:, 0].to(kind), state
 
 
 def s6_sequential(x, delta, A, B, C, state=None, dtype=torch.float64):
@@ -148,7 +154,8 @@ def ssd_step(x, delta, A, B, C, state):
     kind, (x, delta, A, B, C) = x.dtype, (v.to(state.dtype) for v in (x, delta, A, B, C))
     by_group = lambda v: v.unflatten(1, (B.shape[1], 1, -1))  # b g 1 k …
     state = by_group(torch.exp(delta * A))[..., None] * state + B[..., None, None] * by_group(delta[..., None] * x)
-    return (C[..., None, :] @ state.flatten(3)).reshape(x.shape).to(kind), state
+    with no_autocast(x):
+        return (C[..., None, :] @ state.flatten(3)).reshape(x.shape).to(kind), state
 
 
 def ssd_empty(x, B):
@@ -168,6 +175,7 @@ def segment_sums(a):
     return sums.masked_fill(torch.ones(size, size, dtype=torch.bool, device=a.device).triu(1), -torch.inf)
 
 
+@at_least_float32
 def ssd_minimal(x, delta, A, B, C, chunk=64):
     """SSD as the paper's four sums (Dao & Gu 2024, section 6), each of them one einsum. Returns (y, state); see `ssd`."""
     X, a, B, C = (in_chunks(v, min(chunk, x.shape[1])) for v in (x * delta[..., None], delta * A, B, C))
@@ -257,7 +265,9 @@ def ssd(x, delta, A, B, C, state=None, chunk=None, segment=2048, recompute=False
 
     x (B, T, H, P); delta (B, T, H), delta ≥ 0; A (H,), A ≤ 0; B, C (B, T, G, N), H a multiple of G; state
     (B, G, N, H/G, P) to start from; chunk, None: 32, and 64 from 64 states on. Equal to `ssd_sequential` for every
-    chunk and segment, up to rounding that grows with the chunk; a decay below e^-30 in float32 (e^-80 in float64) counts as that. Its gradients have none of their own. ValueError for shapes or values that do not fit."""
+    chunk and segment, up to rounding that grows with the chunk; a decay below e^-30 in float32 (e^-80 in float64) counts as that. Its gradients
+    have none of their own. ValueError for shapes or values that do not fit. Compiled or captured, where no value can be looked
+    at: A > 0 or Δ < 0 make NaN, and a token that is not finite spoils its whole chunk, earlier tokens among them."""
     check(x.dim() == 4 and x.shape[1] > 0, "x.shape", tuple(x.shape), "(B, T, H, P) with T ≥ 1")
     check(delta.shape == x.shape[:3], "delta.shape", tuple(delta.shape), f"{tuple(x.shape[:3])}: batch, length, heads of x")
     check(A.shape == x.shape[2:3], "A.shape", tuple(A.shape), f"{tuple(x.shape[2:3])}: heads of x")
@@ -266,6 +276,7 @@ def ssd(x, delta, A, B, C, state=None, chunk=None, segment=2048, recompute=False
     chunk = chunk if chunk is not None else 32 if B.shape[3] < 64 else 64
     state = ssd_empty(x, B) if state is None else state
     check_scan(delta, A, state, ssd_empty(x, B), chunk, segment)
+    delta = delta if readable(delta) else torch.where((delta < 0) | (A > 0), torch.nan, delta)
     scan = lambda careful, x, delta, B, C, state: ssd_chunked(
         x, delta, A, B, C, state, min(chunk, x.shape[1]), careful)
     run = lambda careful: in_segments(functools.partial(scan, careful), (x, delta, B, C), state, segment, recompute)

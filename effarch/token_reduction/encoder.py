@@ -85,6 +85,9 @@ def start_encoder(tower, pixels, layers=0, reducer=None, trace=False, interpolat
     """(B, 3, H, W) → Tokens that have passed the reducer's `at_input` and the first `layers` dense layers.
 
     interpolate: fit the position embeddings to the image size; None = where it is not the model's own."""
+    tower.check_pixels(pixels)
+    if not isinstance(reducer, Reducer | None):
+        raise TypeError(f"reducer={reducer!r} is not supported; supported: None or a Reducer, such as reducer_for_budget('ours', 0.5, model)")
     sides = tuple(pixels.shape[-2:])
     interpolate = sides != sides_of(tower.image_size) if interpolate is None else interpolate
     grid = tuple(side // patch for side, patch in zip(sides, tower.patch.kernel_size, strict=True))
@@ -135,21 +138,21 @@ def pooled_output(tower, tokens):
 
 def read_out(model, tower, tokens):
     """Tokens after the last layer → L2-normalised features (B, P)."""
-    feature = project(model, pooled := pooled_output(tower, tokens))
+    feature = project(model, pooled := pooled_output(tower, tokens), lambda: tower.finish(tokens.x[:, :1])[:, 0])
     tokens.macs += 0 if feature is pooled else pooled.shape[-1] * feature.shape[-1]
     return F.normalize(feature, dim=-1)
 
 
 def refuse_dropout(tower):
     """ValueError for dropout in attention, which the encoder loop would leave out."""
-    check(not (tower.module.training and tower.dropout), "attention dropout", tower.dropout, "0 in training; or call model.eval()")
+    check((dropout := tower.dropout_now()) == 0, "attention dropout", dropout, "0 in training; or call model.eval()")
 
 
 def encode_images(model, pixel_values, reducer=None, implementation="sdpa", interpolate=None):
     """L2-normalised image features (B, P) of a CLIP, SigLIP or ViT model, through our own encoder loop.
 
     reducer=None gives the model's own features, without what hooks on whole layers do (`token_reduction` refuses those).
-    Raises TypeError for an unsupported model, ValueError for dropout in attention while it trains."""
+    Raises TypeError for an unsupported model, ValueError for dropout in attention while it trains and for what are no images."""
     refuse_dropout(tower := make_tower(model))
     tokens = run_encoder(tower, pixel_values, reducer, implementation=implementation, interpolate=interpolate)
     return read_out(model, tower, tokens)
@@ -330,15 +333,17 @@ def fit_summary(model, images, dense, keep, steps, batch=16, seed=0):
     reducer, optimizer = InputPruning(keep, "learned", offset), torch.optim.Adam([offset], lr=0.05 * float(scale))
     generator = torch.Generator().manual_seed(seed)
     frozen = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
-    for _ in range(steps):
-        index = torch.randint(len(images), (batch,), generator=generator)
-        pruned = encode_images(model, images.batch(index, model.device), reducer)
-        loss = 1 - (pruned * dense[index].to(pruned.device)).sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for p in frozen:
-        p.requires_grad_(True)
+    try:
+        for _ in range(steps):
+            index = torch.randint(len(images), (batch,), generator=generator)
+            pruned = encode_images(model, images.batch(index, model.device), reducer)
+            loss = 1 - (pruned * dense[index].to(pruned.device)).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
     return offset.detach()
 
 

@@ -1,13 +1,16 @@
 """Use a reducer through unmodified calls of transformers, timm and open_clip."""
 
+import math
 from contextlib import contextmanager
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from effarch.checks import check
 from effarch.clip.towers import make_tower, sides_of
+from effarch.clip.towers.base import home_of, hooked, patched, refuse_attention
 from effarch.token_reduction.encoder import (
     Reducer,
     continue_encoder,
@@ -17,7 +20,7 @@ from effarch.token_reduction.encoder import (
     take,
 )
 
-# models that read the pooled output only, and those whose head reads the CLS token out of last_hidden_state
+# models of transformers that read the pooled output only, and those whose head reads the CLS token out of last_hidden_state
 READ_POOLED = {"CLIPModel", "CLIPVisionModelWithProjection", "SiglipModel"}
 READ_FIRST = {"ViTForImageClassification"}
 NOT_INSIDE = ("output_attentions", "bool_masked_pos", "noise", "attention_mask", "head_mask")
@@ -36,52 +39,64 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     (Under torch.compile that call breaks the graph.) Calls of transformers (also pipelines), timm and open_clip work unchanged.
     patch_tokens: whether somebody reads the patches in `last_hidden_state`; None: everybody but CLIPModel, SiglipModel,
     CLIPVisionModelWithProjection, ViTForImageClassification and open_clip, which read the pooled output or the CLS
-    token. Then all tokens are computed in the last layer, too, and every patch that was merged gets its group's token,
-    so that a mean over patches stays right; dropped patches are missing. Where nobody does, `last_hidden_state` is
-    None; with patch_tokens=False it is what is left, in an order of its own, or None if only the CLS token was computed.
+    token (a class of one's own with a forward of its own is somebody). Then all tokens are computed in the last layer, too, and
+    every patch that was merged gets its group's token, so that a mean over patches stays right; dropped patches are missing, and
+    the summary token of vtp_mean, vtp_learned and evit is one more, the last. Where nobody does, `last_hidden_state` is None, and
+    reading it at place 0 of an output one line; where a head reads the CLS token there, it is that, with NaN in the place of every
+    patch. With patch_tokens=False it is what is left, in an order of its own, or the same None or NaN if only the CLS token was computed.
 
-    What works inside: `output_hidden_states=True` (every patch with its group's token; not with dropped patches),
-    autocast, gradients, torch.compile, calls from several threads (the model is reduced for all of them), deepcopy and
-    pickle (of the model as it is outside), save_pretrained. Checkpointing of gradients saves nothing here, and
+    What works inside: `output_hidden_states=True` (every patch with its group's token; not with dropped patches; a budget holds for
+    it, too: its last layer is whole), autocast, gradients, torch.compile (not with fullgraph=True: the reducer is copied at every
+    call), calls from several threads (the model is reduced for all of them), deepcopy and pickle (of the model as it is outside),
+    save_pretrained. What is checked at a call is not while it is compiled. Checkpointing of gradients saves nothing here, and
     nn.DataParallel's copies are not supported. On exit, also after an exception, the model is exactly what it was.
 
-    Raises TypeError for an unsupported model and for a reducer that is none, ValueError for an unknown name, a budget
-    that cannot be reached, and for what is not available inside: attention maps, masks, dropout in attention, modules that
-    were replaced inside (an adapter of peft has to be there before), and hooks
-    on what is not called, since of a layer only its norms, its MLP and the projections of its attention are."""
-    tower = make_tower(model)
-    kinds = {base.__name__ for base in type(getattr(model, "_orig_mod", model)).__mro__}  # inside what torch.compile made
-    first, shown = bool(kinds & READ_FIRST), patch_tokens is not None
+    Raises TypeError for an unsupported model (also one with a forward or a registered attention of its own in its tower) and for a
+    reducer that is none, ValueError for an unknown name, a budget that cannot be reached, and for what is not available inside:
+    attention maps, masks, dropout in attention, torch.jit.trace, offloaded weights, modules that were replaced or patched inside (an
+    adapter of peft has to be there before), and hooks on what is not called, since of a layer only its norms, its MLP and the
+    projections of its attention are."""
+    tower, reads = make_tower(model), reader(model)
+    first, shown = tower.prefix and (reads in READ_FIRST or not tower.pools), patch_tokens is not None
+    check(not any(p.is_meta for p in tower.module.parameters()), "weights", "meta (offloaded)",
+          "on a CPU or GPU: load the vision tower without offloading")
     if patch_tokens is None:
         inside = tower.library == "open_clip" and not tower.module.output_tokens
-        patch_tokens = not (inside or kinds & (READ_POOLED | READ_FIRST))
+        patch_tokens = not (inside or reads in READ_POOLED | READ_FIRST)
     named, method = isinstance(reducer, str), reducer
     reducer, skipped, places = find_reducer(model, reducer, budget, patch_tokens, options), tower.skipped(), tower.places()
     refuse(tower, skipped, places)
-    every_size = not named or options.get("image_size") is not None
-    fitted_to = {sides_of(tower.image_size): reducer}  # (height, width) → the reducer whose budget holds for it
+    told = options.get("image_size") if named else None
+    fitted_to = {(sides_of(told or tower.image_size), False): reducer}  # ((height, width), whole last layer) → whose budget holds for it
 
     @torch.compiler.disable
-    def fit(sides):
-        fitted_to[sides] = find_reducer(model, method, budget, patch_tokens, options | dict(image_size=sides))
+    def fit(sides, whole):
+        last = dict(cls_only_last=False) if whole else {}
+        fitted_to[sides, whole] = find_reducer(model, method, budget, patch_tokens, options | dict(image_size=sides) | last)
 
-    def reducer_at(sides):
-        if not every_size and sides not in fitted_to:
-            fit(sides)
-        return fitted_to.get(sides, reducer)
+    def reducer_at(sides, hidden):
+        if not named:
+            return reducer
+        at = sides if told is None else sides_of(told), hidden and reducer.cls_only_last
+        if at not in fitted_to:
+            fit(*at)
+        return fitted_to[at]
 
     def reduce(pixels, interpolate=None, hidden=False):
         if not torch.compiler.is_compiling():
             refuse(tower, skipped, places)
-        own = reducer_at(tuple(pixels.shape[-2:]))
+        tower.check_pixels(pixels)
+        own = reducer_at(tuple(pixels.shape[-2:]), hidden)
         own = copy(own) if named or hidden else own  # some remember their pass, which two threads must not share
         if hidden:
             own.cls_only_last = False
         return run(tower, pixels.to(tower.patch.weight.dtype), own, patch_tokens, interpolate, hidden)
 
-    def last_of(last):
+    def last_of(last, tokens):
         only_first = tower.prefix == 1 and last.shape[1] == 1  # by the shortcut of the last layer
-        return last if patch_tokens or first or shown and not only_first else None
+        if patch_tokens or shown and not only_first:
+            return last
+        return F.pad(last[:, :tower.prefix], (0, 0, 0, math.prod(tokens.grid)), value=math.nan) if first else None
 
     stand_ins = []
     try:
@@ -91,6 +106,13 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     finally:
         for stand_in in stand_ins:
             stand_in.leave()
+
+
+def reader(model):
+    """Name of the class of transformers whose forward a model has, whatever its own name is; None if it is written elsewhere."""
+    model = getattr(model, "_orig_mod", model)  # inside what torch.compile made
+    written = next(base for base in type(model).__mro__ if "forward" in vars(base))
+    return written.__name__ if home_of(written) == home_of(written.forward) == "transformers" and not patched(model) else None
 
 
 def find_reducer(model, reducer, budget, patch_tokens, options):
@@ -113,16 +135,17 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
 
 
 def refuse(tower, skipped, places):
-    """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks, parts put in the place of others."""
+    """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks, parts patched or put in the
+    place of others; TypeError for an attention of somebody else's."""
     refuse_dropout(tower)
+    refuse_attention([tower.module, *(one for block in tower.blocks for one in block.attentions())])
+    check(not torch.jit.is_tracing(), "torch.jit.trace", "of a reduced model", "torch.compile: what is kept depends on the images")
     moved = [name for parent, name, part in places if parent._modules.get(name) is not part]
     check(not moved, "modules replaced", moved[:3], "none inside token_reduction: what stands there now would not be called")
-    hooked = []
-    for name, part in skipped.items():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            homes = [getattr(hook, "__module__", None) or "" for hook in hooks.values()]
-            hooked += [name for home in homes if not home.startswith("transformers.")]  # its own record hidden states
-    check(not hooked, "hooks on", hooked[:3], "inside token_reduction, hooks on the tower, or on single norms, linear layers "
+    own = [name for name, part in skipped.items() if "forward" in vars(part) and not hasattr(part, "_orig_mod") and patched(part)]
+    check(not own, "modules patched", own[:3], "none inside token_reduction: not they are called, but their parts")
+    held = hooked(skipped)
+    check(not held, "hooks on", held[:3], "inside token_reduction, hooks on the tower, or on single norms, linear layers "
           "and MLPs: whole layers are not called")
 
 
@@ -176,6 +199,17 @@ class StandIn:
             top.before = self.before
 
 
+class PooledOnly(BaseModelOutputWithPooling):
+    """An output without its last hidden state, whose place the next one does not take: [1] is the pooled output, [0] a ValueError."""
+
+    def to_tuple(self):
+        return None, *super().to_tuple()
+
+    def __getitem__(self, place):
+        check(place != 0, "last_hidden_state", None, "pooler_output inside token_reduction; patch_tokens=True where the patches are read")
+        return super().__getitem__(place)
+
+
 def calls_of_transformers(tower, reduce, last_of, patch_tokens):
     """{method: what stands in for it} of a module of transformers."""
     config = tower.module.config
@@ -189,14 +223,13 @@ def calls_of_transformers(tower, reduce, last_of, patch_tokens):
         check(isinstance(hidden, bool), "output_hidden_states", hidden, "True or False inside token_reduction")
         check(pixel_values is not None, "pixel_values", None, "images (B, 3, H, W)")
         tokens, last, states = reduce(pixel_values, bool(interpolate_pos_encoding), hidden)
-        pooled, last = pooled_output(tower, tokens) if tower.pools else None, last_of(last)
+        pooled, last = pooled_output(tower, tokens) if tower.pools else None, last_of(last, tokens)
         if tower.output is not None:
             output = tower.output(last, pooled, states, pixel_values)
         else:
-            output = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
-        if config.return_dict if return_dict is None else return_dict:
-            return output
-        return output.to_tuple() if last is not None else (None, *output.to_tuple())  # to_tuple leaves None out
+            kind = PooledOnly if last is None else BaseModelOutputWithPooling
+            output = kind(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     return dict(forward=forward)
 

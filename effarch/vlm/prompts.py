@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModelOutputWithPast
 
 from effarch.checks import check
+from effarch.clip.towers.base import as_its_library, home_of, hooked, patched, refuse_attention
 
 SUPPORTED = "Qwen2.5-VL and Qwen2-VL of transformers 5, without sliding windows"
 
@@ -75,6 +76,26 @@ def rope_positions(inner, call):
     return positions
 
 
+def refuse_left_out(inner):
+    """ValueError for hooks and patches that a reduced prompt would leave out without a word, TypeError for an attention of somebody else's."""
+    blocks = {f"visual.blocks.{i}{place}": part for i, block in enumerate(inner.visual.blocks) for place, part in (("", block), (".attn", block.attn))}
+    parts = {"visual": inner.visual, "visual.rotary_pos_emb": inner.visual.rotary_pos_emb, "language_model": inner.language_model} | blocks
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # inside what torch.compile made
+    refuse_attention([*parts.values(), *(layer.self_attn for layer in inner.language_model.layers)])
+    home = home_of(type(inner).forward)
+    own = [name for name, part in parts.items() if patched(part) or not as_its_library(type(part), "forward", type(part).forward, home)]
+    check(not own, "forwards of their own", own[:3], "none where prompts are reduced: not these modules are called, but their parts")
+    held = hooked(parts)
+    check(not held, "hooks on", held[:3], "hooks on the whole model, on single norms, linear layers and MLPs, or on layers of the language model")
+
+
+def no_labels(model, args, options):
+    """Before a call of the whole model: ValueError for labels of a prompt with pictures, whose columns would no longer be those of the logits."""
+    pictures = [name for name in ("pixel_values", "pixel_values_videos") if options.get(name) is not None]
+    check(not pictures or not any(labels is not None for labels in [options.get("labels"), *args[5:6]]), "labels", "given",
+          "None where prompts are reduced: compare the logits, which are those of the columns that are left")
+
+
 ORDER = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "pixel_values",
          "pixel_values_videos", "image_grid_thw", "video_grid_thw")  # of the library's arguments
 
@@ -93,6 +114,9 @@ def open_prompt(inner, call):
     check(cache is None or not (cache.is_compileable or cache.get_seq_length()), "past_key_values", type(cache).__name__,
           "None or an empty DynamicCache; a new turn needs the whole conversation")
     check(mask is None or getattr(mask, "ndim", 0) == 2, "attention_mask", type(mask).__name__, "None or two dimensions")
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    check(bool((real[:, 1:] >= real[:, :-1]).all()), "attention_mask", "filled up on the right or inside", "filled up on the left only: "
+          "processor.tokenizer.padding_side = 'left'")
     units = inner.config.vision_config.spatial_merge_size**2
     for _, grid, token in media:
         wanted, there = int(grid.prod(-1).sum()) // units, int((ids == token).sum())
@@ -100,7 +124,6 @@ def open_prompt(inner, call):
     positions, use = rope_positions(inner, call), call.get("use_cache")
     if cache is None and (inner.config.text_config.use_cache if use is None else use):
         cache = DynamicCache(config=inner.language_model.config)
-    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     return dict(input_ids=ids, real=real, positions=positions, cache=cache, media=media)
 
 
@@ -163,20 +186,25 @@ def place_features(inner, input_ids, real, media, encode):
 
 
 @contextmanager
-def reading_differently(inner, encode, drop):
+def reading_differently(model, encode, drop):
     """Within the `with` block the model (see find_model) reads prompts with pictures through `encode` and `drop`.
 
     encode(patches, grids) → (features (U', C), numbers (U',) of the units they stand for); drop: see read_prompt. Everything else
     is as the library has it: text alone, `generate`, beams. Afterwards, also after an exception, the model is what it was."""
+    inner = find_model(model)
     original, before, deltas, asked = inner.forward, vars(inner).get("forward"), inner.rope_deltas, []
+    refuse_left_out(inner)
+    check(getattr(before, "reads_differently", False) or not patched(inner), "modules patched", "the model's forward",
+          "none where prompts are reduced: it would not be called")
 
     def first_pass(input_ids, real, positions, cache, media):
         h, keep, vision = place_features(inner, input_ids, real, media, encode)
-        n, old = input_ids.shape[1], asked[-1].shape[1] if asked else 0
+        n, old = input_ids.shape[1], asked[0].shape[1] if asked else 0
+        now = [input_ids[:, :old], *(part for pixels, grid, _ in media for part in (pixels, grid))]
         # without a cache an answer grows by whole prompts: the text that asks stays that of the first
-        if cache is not None or not old or n <= old or not torch.equal(input_ids[:, :old], asked[-1]):
-            asked[:] = [input_ids]
-        asks = real & ~vision & (torch.arange(n, device=real.device) < asked[-1].shape[1])
+        if cache is not None or not old or n <= old or len(now) != len(asked) or not all(map(torch.equal, now, asked)):
+            asked[:] = [input_ids, *(now[1:] if cache is None else ())]
+        asks = real & ~vision & (torch.arange(n, device=real.device) < asked[0].shape[1])
         prompt = Prompt(h, positions.permute(1, 2, 0), real, vision, asks).take(keep)
         h, stages = read_prompt(inner, prompt, cache, drop)
         if cache is not None:
@@ -188,17 +216,25 @@ def reading_differently(inner, encode, drop):
         prompt, note = open_prompt(inner, call), getattr(call.get("past_key_values"), "reduced", None)
         if prompt is None and note is None:  # text only: nothing to reduce
             return original(**call)
-        unsupported = [name for name in ("output_attentions", "output_hidden_states") if call.get(name)]
-        check(not unsupported, "options", unsupported, "neither of them where prompts are reduced")
+        configured = lambda name: any(getattr(config, name, False) for config in (inner.config, inner.language_model.config))
+        unsupported = [name for name in ("output_attentions", "output_hidden_states")
+                       if (configured(name) if call.get(name) is None else call[name])]
+        check(not unsupported, "options", unsupported, "neither of them where prompts are reduced, also in the configuration")
+        if prompt:
+            refuse_left_out(inner)
         h = first_pass(**prompt) if prompt else read_on(inner, note, call)
         cache = prompt["cache"] if prompt else call["past_key_values"]
         return Qwen2_5_VLModelOutputWithPast(last_hidden_state=h, past_key_values=cache, rope_deltas=inner.rope_deltas)
 
+    forward.reads_differently = True
     inner.forward = forward
+    hook = None if model is inner else model.register_forward_pre_hook(no_labels, with_kwargs=True)
     try:
         yield
     finally:
         inner.rope_deltas = deltas
+        if hook is not None:
+            hook.remove()
         if before is None:
             del inner.forward
         else:

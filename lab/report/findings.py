@@ -283,16 +283,17 @@ FINDINGS = [
     Finding(
         "split", MRSS, "Is a layer with its channels split by rate faster than the full one?", design_speed(SPLIT),
         "SplitMRSS, seven eighths of the channels at an eighth of the rate, is {value} as fast as the baseline with the same "
-        "fast convolution.",
+        "fast convolution, and {equal} as fast as a low-rank mixing of as many multiply-adds.",
         below="No: {short} as fast.", above="Yes: {short} as fast.",
-        more="Next to a low-rank mixing of as many multiply-adds {equal}. In half precision {halved}. With gradients {training}. Three quarters at an eighth: {mild}; seven eighths at a sixteenth: {coarse}.",
+        more="In half precision {halved}. With gradients {training}. Three quarters at an eighth: {mild}; seven eighths at a sixteenth: {coarse}.",
         beside=dict(equal=Times("mrss_proxy_results", EQUAL, SPLIT, {"experiment": "designs", "pass": "forward", "batch": max}),
                     halved=design_speed(SPLIT, experiment="designs in half precision"), training=design_speed(SPLIT, "forward+backward"), mild=design_speed(MILD), coarse=design_speed(COARSE))),
     Finding(
         "split_error", MRSS, "What does that cost in quality?", design_error("digits"),
-        "On digits read pixel by pixel, a task not made for it, the error after equal training is {value} the baseline's.",
+        "On digits read pixel by pixel, a task not made for it, the error after equal training is {value} the baseline's, and {equal} that of a low-rank mixing of "
+        "as much compute.",
         below="Nothing: {short} the error.", above="{short} the error.", undecided="Undecided on data not made for it.",
-        more="Next to the low-rank mixing {equal}. On several time scales {scales}; on short ones, where it cannot help, {control}. Digits with three quarters of the "
+        more="On several time scales {scales}; on short ones, where it cannot help, {control}. Digits with three quarters of the "
              "channels at an eighth: {mild}; with seven eighths at a sixteenth: {coarse}.",
         beside=dict(equal=design_error("digits", other=EQUAL), scales=design_error("multi-timescale"), control=design_error("short-timescale"),
                     mild=design_error("digits", MILD), coarse=design_error("digits", COARSE))),

@@ -15,6 +15,7 @@ from effarch.clip.towers.base import (
     attend,
     has,
     mean_of_patches,
+    plain,
     sides_of,
     split_heads,
     wide,
@@ -23,8 +24,8 @@ from effarch.clip.towers.clip_like import blip_tower, clip_tower, siglip_tower
 from effarch.clip.towers.other_libraries import open_clip_tower, timm_tower
 from effarch.clip.towers.vit_like import dino_tower, dinov3_tower, mae_tower, vit_tower
 
-__all__ = ["FAMILIES", "Block", "Family", "Tower", "attend", "find_vision_module", "make_tower", "mean_of_patches", "project",
-           "sides_of", "split_heads", "supported", "wide"]
+__all__ = ["FAMILIES", "Block", "Family", "Tower", "attend", "find_vision_module", "make_tower", "mean_of_patches", "plain",
+           "project", "sides_of", "split_heads", "supported", "wide"]
 
 
 @dataclass
@@ -85,26 +86,34 @@ def family_of(cls):
     return None
 
 
-def find_vision_module(model):
-    """(module, Family) of the vision tower inside a model, the one nearest to its root.
-
-    TypeError naming the model if there is none we know, or several side by side."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} is not supported; supported: {supported()}")
-    level, found = [model], []
-    while level and not found:
-        for module in level:
+def towers_in(model):
+    """[(module, Family, the module that holds it or None)] of all vision towers in a model, each once, those near its root first."""
+    level, found, seen = [(model, None)], [], set()
+    while level:
+        below = []
+        for module, parent in level:
             family = family_of(type(module))
             wrapper = family and family.adapter and family.library == "transformers" and not hasattr(module, "embeddings")
             if family and not wrapper:  # older versions have wrappers
-                found.append((module, family))
-        level = [child for module in level for child in module.children()]
-    name = type(model).__name__
+                found.append((module, family, parent))
+            else:
+                below += [(child, module) for child in module._modules.values() if child is not None]
+        level = [(child, parent) for child, parent in below if not (id(child) in seen or seen.add(id(child)))]
+    return found
+
+
+def find_vision_module(model):
+    """(module, Family) of the vision tower inside a model.
+
+    TypeError naming the model if there is none we know, or several, also at different depths."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is not supported; supported: {supported()}")
+    found, name = towers_in(model), type(model).__name__
     if len(found) == 1 and found[0][1].adapter:
-        return found[0]
+        return found[0][:2]
     if len(found) > 1:
-        names = ", ".join(family.name for _, family in found)
-        raise TypeError(f"{name} has several vision towers ({names}): give the one to reduce")
+        names = ", ".join(family.name for _, family, _ in found)
+        raise TypeError(f"{name} has several vision towers ({names}): give the one to reduce, or the part of the model that holds it")
     why = f": {found[0][1].name}: {found[0][1].why_not}" if found else f"; supported: {supported()}"
     raise TypeError(f"{name} is not supported{why}")
 
@@ -118,12 +127,15 @@ def make_tower(model):
         raise TypeError(f"{type(module).__name__} is not as its library builds it: {error}") from error
 
 
-def project(model, pooled):
-    """A model's projection into the space shared with text; other models read the pooled vector as it is."""
-    visual = getattr(model, "visual", None)  # open_clip's
-    if visual is None:
-        layer = getattr(model, "visual_projection", None)
-        return layer(pooled) if layer is not None else pooled
-    if has(visual, "trunk"):  # a timm model inside
-        return visual.head(visual.trunk.head(pooled))
-    return pooled @ visual.proj if has(visual, "proj") else pooled
+def project(model, pooled, first=None):
+    """The projection into the space shared with text of the model around a vision tower; without one, the pooled vector as it is.
+
+    first: () → (B, D) the CLS token of the last hidden state, which BLIP's retrieval projects instead."""
+    module, family, parent = towers_in(model)[0]
+    if has(parent, "trunk"):  # a timm model inside open_clip
+        return parent.head(parent.trunk.head(pooled))
+    if parent is not None and getattr(parent, "visual", None) is module:  # open_clip's own
+        return pooled @ module.proj if has(module, "proj") else pooled
+    if has(parent, "visual_projection"):
+        return parent.visual_projection(pooled)
+    return parent.vision_proj(first()) if family.name == "BLIP" and has(parent, "vision_proj") else pooled

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral
 from operator import attrgetter
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effarch.checks import is_count
+from effarch.checks import check, is_count, is_number
 
 
 @dataclass
@@ -30,6 +32,11 @@ class Block:
     layer: nn.Module | None = None  # the library's layer, and the attention in it
     attention: nn.Module | None = None
     _chains: dict = field(default_factory=dict, init=False, repr=False)  # what `macs` has found, since it is asked in every pass
+
+    def attentions(self):
+        """The modules that attend; ViT's and DINOv2's may have one inside."""
+        both = self.attention, getattr(self.attention, "attention", None)
+        return [getattr(one, "_orig_mod", one) for one in both if isinstance(one, nn.Module)]
 
     def macs(self, name, one):
         """Multiply-adds a token of the projection `name`: `one` if it is one matrix, else those of all its linear layers."""
@@ -72,6 +79,35 @@ class Tower:
         called = {id(part) for piece in self.called() for part in piece.modules()}
         return {name: part for name, part in self.module.named_modules() if name and id(part) not in called}
 
+    def holders(self):
+        """{name: part} of the tower ("") and of what holds parts that the loop calls, but is not called itself: encoder, layers, heads."""
+        called, found = set(map(id, self.called())), {}
+
+        def holds(module, name):
+            if id(module) in called:
+                return True
+            if any([holds(child, f"{name}.{key}".lstrip(".")) for key, child in module._modules.items() if child is not None]):
+                found[name] = module
+            return name in found
+
+        holds(self.module, "")
+        return found
+
+    def check_pixels(self, pixels):
+        """ValueError, one line, for what is no batch of images (B, channels, H, W) that hold a patch."""
+        told = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        channels, (height, width) = self.patch.weight.shape[1], self.patch.kernel_size
+        ok = isinstance(told, tuple) and len(told) == 4 and told[1] == channels and told[2] >= height and told[3] >= width
+        check(ok, "pixel_values", told, f"a tensor (B, {channels}, H, W) of images, H at least {height} and W at least {width}")
+
+    def dropout_now(self):
+        """The most dropout that an attention would use now: 0 outside training."""
+        rates = [self.dropout if self.module.training else 0.0]
+        for part in (one for block in self.blocks for one in block.attentions() if one.training):
+            values = [getattr(part, name, 0.0) for name in ("dropout", "dropout_prob", "attention_dropout", "attn_drop")]
+            rates += [rate for rate in (getattr(value, "p", value) for value in values) if is_number(rate)]
+        return max(rates)
+
     def places(self):
         """[(parent, name, part)] of the parts that the loop has looked up, to see later whether they are still in their places."""
         known = set(map(id, [*self.called(), *(part for block in self.blocks for part in (block.layer, block.attention))]))
@@ -98,30 +134,72 @@ def chain(*parts):
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
+HOMES = {"torch", "transformers", "timm", "open_clip"}
+
+
 def home_of(function):
-    """The package in which a function was written."""
-    return function.__module__.partition(".")[0]
+    """The package in which a function or a class was written."""
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
-def patched(module):
-    """Whether a module has a forward of its own in the place of its class's; not counted: accelerate's hooks, which call that, and what
-    torch.compile made of it."""
-    own = vars(module).get("forward")
+def patched(module, method="forward"):
+    """Whether a module has a method of its own in the place of its class's; not counted: what calls that (accelerate's hooks,
+    token_reduction), and what torch.compile made of it."""
+    own = vars(module).get(method)
+    while hasattr(own, "before"):  # stand-ins of token_reduction, one upon the other
+        own = own.before
+    if hasattr(module, "_hf_hook") and isinstance(own, partial):
+        own = own.__wrapped__
     own = getattr(own, "_torchdynamo_orig_callable", own)
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward and not hasattr(module, "_hf_hook")
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
+
+
+def as_its_library(cls, method, function, copied):
+    """Whether a class's method (which is `function`) is a library's, or that of a whole copy of a library's file in the package `copied`: of
+    a class that inherits no library's. A class says `plain_attention = True` of a forward of its own that is softmax attention of its
+    q_proj, k_proj, v_proj and out_proj."""
+    written = [base for base in cls.__mro__ if method in vars(base) and base is not nn.Module]
+    homes = [home_of(vars(base)[method]) for base in written]
+    if not written or homes[0] in HOMES or vars(written[0]).get("plain_attention", False):
+        return True
+    return homes[0] == copied == home_of(written[0]) and not HOMES & set(homes)
+
+
+def refuse_attention(parts):
+    """TypeError if one of transformers' modules computes attention by a function that somebody else has registered; not while compiling."""
+    if torch.compiler.is_compiling():
+        return
+    kinds = {getattr(getattr(part, "config", None), "_attn_implementation", None) for part in parts} - {None}
+    for kind in kinds:
+        from transformers import modeling_utils  # here, for towers of other libraries do without
+
+        known = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
+        function = known[kind] if kind in known else None
+        if home_of(getattr(function, "func", function)) not in ("transformers", ""):
+            raise TypeError(f"attn_implementation={kind!r} is not supported: its function would not be called; supported: eager, sdpa and "
+                            "others of transformers itself")
+
+
+def hooked(parts):
+    """Names of the parts (name → module) with hooks of the user; transformers records hidden states with some of its own."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [name for name, part in parts.items() for kind in kinds for hook in getattr(part, kind).values() if home_of(hook) != "transformers"]
 
 
 def as_built(tower):
-    """The tower, if its layers compute what the loop computes: TypeError for other heads, another scale, or another forward."""
-    homes = {"torch", "transformers", "timm", "open_clip", home_of(type(tower.module).forward)}  # its own: a copy of a library's file
+    """The tower, if it computes what the loop computes: TypeError for another forward, other heads, another scale or attention."""
+    methods = ("forward_features", "forward_head") if tower.library == "timm" else ("forward",)
+    copied = home_of(getattr(type(tower.module), methods[0]))
+    for name, part in tower.holders().items():
+        for method in ("forward",) if name else methods:
+            known = not patched(part, method) and as_its_library(type(part), method, getattr(type(part), method), copied)
+            if not known and not hasattr(part, "_orig_mod"):
+                said = " (plain_attention = True in its class says that it is softmax attention of q_proj, k_proj, v_proj and out_proj)"
+                raise TypeError(f"{name or 'the tower'}: {type(part).__name__} with a {method} of its own is not supported: not it is called, "
+                                f"but its parts{said if 'attn' in name or 'attention' in name else ''}")
+    refuse_attention([tower.module, *(one for block in tower.blocks for one in block.attentions())])
     for i, block in enumerate(tower.blocks):
-        inner = getattr(block.attention, "attention", None)  # ViT's and DINOv2's may have one inside
-        for part in (getattr(one, "_orig_mod", one) for one in (block.layer, block.attention, inner) if isinstance(one, nn.Module)):
-            known = home_of(type(part).forward) in homes or getattr(part, "plain_attention", False)
-            if patched(part) or not known:
-                raise TypeError(f"layer {i}: {type(part).__name__} with a forward of its own is not supported: not the layers are called, but their parts "
-                                "(plain_attention = True in its class says that it is softmax attention of q_proj, k_proj, v_proj and out_proj)")
-        attention = block.attention if inner is None else inner
+        *_, attention = block.attentions()
         heads = {getattr(attention, name) for name in ("num_heads", "num_attention_heads") if has(attention, name)}
         size = next((getattr(attention, name) for name in ("head_dim", "attention_head_size") if has(attention, name)), None)
         width = block.q.out_features if has(block.q, "out_features") else None
@@ -200,8 +278,8 @@ def mlp_width(mlp, width):
 def plain(kind, part):
     """`part`, if it is just a `kind`: what reads its weight would miss what an adapter or a quantiser does around it."""
     if type(part) is not kind:
-        raise TypeError(f"{type(part).__name__} in the place of {kind.__name__} is not supported: a joint projection of queries, "
-                        "keys and values has to be as its library makes it")
+        raise TypeError(f"{type(part).__name__} in the place of {kind.__name__} is not supported ({type(part).__module__}): its weight is read, not its output "
+                        "(of an adapter: merge_and_unload() first)")
     return part
 
 
@@ -213,7 +291,10 @@ def side_of(image_size):
 
 def sides_of(image_size):
     """(height, width) in pixels of an image size given as a pair, or as a number if it is square."""
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sides = (image_size, image_size) if isinstance(image_size, Integral) else image_size
+    pair = isinstance(sides, (tuple, list, torch.Size)) and len(sides) == 2 and all(is_count(side) for side in sides)
+    check(pair, "image_size", image_size, "a whole number of pixels, or a pair of them (height, width)")
+    return int(sides[0]), int(sides[1])
 
 
 def first_token(x, _=None):
@@ -256,6 +337,7 @@ def split_heads(x, heads):
 
 def attend(q, k, v, bias=None, implementation="sdpa"):
     """softmax(q kᵀ / √d + bias) v over (B, heads, N, d): 'eager' spelled out, 'sdpa' as one fused kernel."""
+    check(implementation in ("sdpa", "eager"), "implementation", implementation, "sdpa, eager")
     if implementation == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
