@@ -161,7 +161,7 @@ class Measured:
 
 def measured(value, *rest, **more):
     """A Measured, or Missing if there is no value."""
-    estimate = value if isinstance(value, Estimate) else Estimate(*value)
+    estimate = Estimate(*(float(f"{v:.6g}") for v in value))  # as a CSV holds it, so that both are rounded alike
     if pd.isna(estimate.value):
         raise Missing("value")
     return Measured(estimate, *rest, **more)
