@@ -1102,3 +1102,11 @@ def test_numbers_of_numpy_are_numbers():
     from effarch.checks import check_count, is_number
 
     assert check_count(np.int64(3), "n") == 3 and is_number(np.float32(0.5)) and not is_number(np.bool_(True)) and not is_number(np.float64("nan"))
+
+
+def test_a_ratio_without_times_is_unknown_and_one_of_no_time_refused():
+    """What `compare` gives for a case that failed, beside one that did not."""
+    for a, b in (([], [1.0, 2.0]), ([[1.0, 2.0]], [[]]), ([], [])):
+        assert all(map(math.isnan, bench.ratio_interval(a, b)))
+    with pytest.raises(ValueError, match="raw times='0 or less'"):
+        bench.ratio_interval([0.0, 1.0], [1.0, 1.0])

@@ -96,7 +96,7 @@ def test_a_ratio_of_times_is_that_of_the_one_rule(world):
     raw = read_csv(world / "results/ssm/tesla-t4/demo_speed_raw.csv")
     raw = raw[raw["length"] == 128]
     times = [[part["latency_ms"].tolist() for _, part in raw[raw["variant"] == v].groupby("process")] for v in ("fast", "slow")]
-    assert found.estimate == ratio_interval(*times) and len(times[0]) == 2
+    assert found.estimate == pytest.approx(ratio_interval(*times), rel=1e-5) and len(times[0]) == 2
     assert (found.n, found.n_of, found.words) == (25, "rounds in 2 runs", dict(length=128))
     assert found.source == "demo_speed_raw.csv: length=128, variant=fast over variant=slow"
 
@@ -123,7 +123,7 @@ def test_a_selection_gives_one_number_or_says_why_not(world, number, wrong):
 def test_the_least_of_each_training_is_averaged(world):
     table = place_of(world).table("demo_speed")
     found = Least("demo_speed", "latency_ms_median", {}, over="length").measure(place_of(world))
-    assert found.estimate == t_interval(table.groupby("length")["latency_ms_median"].min()) and found.n == table["length"].nunique()
+    assert found.estimate == pytest.approx(t_interval(table.groupby("length")["latency_ms_median"].min()), rel=1e-5) and found.n == table["length"].nunique()
 
 
 def test_unpaired_rounds_give_no_ratio(tmp_path):
@@ -144,11 +144,11 @@ def test_errors_are_paired_by_seed_and_of_counts_half_an_error_is_added(tmp_path
     sides, place = (dict(variant="a"), dict(variant="b")), Place(tmp_path, "ssm", "x")
     write_csv(tmp_path / "quality.csv", pd.DataFrame(rows))
     each = Errors("quality", *sides).measure(place)
-    assert each.estimate.value == pytest.approx((20.5 * 30.5 * 10.5 / 10.5**3) ** (1 / 3)) and each.n_of == "paired trainings"
+    assert each.estimate.value == pytest.approx((20.5 * 30.5 * 10.5 / 10.5**3) ** (1 / 3), rel=1e-5) and each.n_of == "paired trainings"
     write_csv(tmp_path / "quality.csv", pd.DataFrame(rows).drop(columns="wrong"))
     os.utime(tmp_path / "quality.csv", ns=(1, 1))
     paired = Errors("quality", *sides).measure(place)
-    assert paired.estimate.value == pytest.approx(6 ** (1 / 3)) and (paired.n, paired.n_of) == (3, "paired trainings")
+    assert paired.estimate.value == pytest.approx(6 ** (1 / 3), rel=1e-5) and (paired.n, paired.n_of) == (3, "paired trainings")
 
 
 def test_extremes_and_conditions_pick_rows():
@@ -644,6 +644,13 @@ def test_the_citation_is_one():
     assert facts["version"] == effarch.__version__ and f"version = {{{facts['version']}}}" in README
     assert f"title   = {{{facts['title']}}}" in README and f"year    = {{{facts['date-released'][:4]}}}" in README
     assert f"author  = {{{{{poster.authors(ROOT)}}}}}" in README
+
+
+def test_times_or_figures_that_are_newer_say_so():
+    at = dict(git_commit="abc", git_dirty=False)
+    assert reading.other_commits({}) == ""
+    assert reading.other_commits(dict(trained=at)) == ", trained at abc"
+    assert reading.other_commits(dict(trained=at, redrawn=at | dict(git_dirty=True))) == ", trained at abc, drawn again at abc+"
 
 
 # The repository's own report

@@ -87,13 +87,14 @@ def ratio_interval(raw_a, raw_b, draws=2000):
     with fewer than eight, where that is too narrow, Student's t on the log ratios. Several: the ratio is the geometric
     mean of the processes' ratios, and machines differ between runs by more than rounds do. Fewer than eight processes:
     Student's t on the logs of their ratios, but never narrower than their rounds alone allow; more: processes are redrawn
-    first, then rounds within. Without times: three NaN. ValueError if they cannot be paired."""
+    first, then rounds within. Without times of either: three NaN. ValueError if they cannot be paired."""
     a, b = _in_processes(raw_a), _in_processes(raw_b)
+    if not any(map(len, a)) or not any(map(len, b)):  # of a case that failed, say
+        return Estimate(UNKNOWN)
     if [len(part) for part in a] != [len(part) for part in b]:
         raise ValueError(f"raw times of {[len(p) for p in a]} and {[len(p) for p in b]} rounds cannot be paired")
     a, b = by_process(a), by_process(b)
-    if not a:
-        return Estimate(UNKNOWN)
+    check(not any((part <= 0).any() for part in (*a, *b)), "raw times", "0 or less", "above 0")
     random = np.random.default_rng(0)
     logs = np.array([math.log(np.median(x) / np.median(y)) for x, y in zip(a, b, strict=True)])
     ratio = math.exp(logs.mean())

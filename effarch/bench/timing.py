@@ -102,8 +102,8 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     cases: {name: callable without arguments}. Every case is warmed up, then each round calls all of them once, in a new
     random order, so that slow drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops
     when the 95 % interval of every case's time over that of `against` (a case or a list of cases; default: the first) is
-    within ±`width`, or when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than `seconds`). The rule
-    looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
+    within ±`width`, after 200 rounds, or when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than
+    `seconds`). The rule looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
 
     Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
     interval was still wider when the time was used). A failed case, such as one whose output is not finite, keeps its `status` and has no times."""

@@ -57,10 +57,10 @@ def on_gpu(facts):
     return bool(facts.get("compute_capability"))
 
 
-def drawn_again(facts):
-    """', drawn again at <commit>' for results whose figures are newer than their rows, else ''."""
-    redrawn = facts.get("redrawn")
-    return f", drawn again at {redrawn['git_commit']}{'+' if redrawn['git_dirty'] else ''}" if redrawn else ""
+def other_commits(facts):
+    """', trained at <commit>' where times are newer than trainings, ', drawn again at <commit>' where figures are newer than all."""
+    told = ((word, facts.get(key)) for key, word in (("trained", "trained"), ("redrawn", "drawn again")))
+    return "".join(f", {word} at {at['git_commit']}{'+' if at['git_dirty'] else ''}" for word, at in told if at)
 
 
 def find_places(root):
@@ -81,7 +81,7 @@ def find_places(root):
                 suite=suite, notebook=f["notebook"], device=place.device, weights=place.weights,
                 mode="full" if f["mode"] in PUBLISHED else f["mode"], minutes=f["seconds"] / 60, dtype=f["dtype"],
                 torch=f["torch"], transformers=f["transformers"], python=f["python"],
-                commit=f["git_commit"] + ("+" if f["git_dirty"] else "") + drawn_again(f), date=f["utc_time"][:10], seed=f["seed"],
+                commit=f["git_commit"] + ("+" if f["git_dirty"] else "") + other_commits(f), date=f["utc_time"][:10], seed=f["seed"],
                 processes=f.get("processes", 1), place=place.path))
     return [place for *_, place in sorted(found, key=lambda item: item[:-1])], pd.DataFrame(
         published(runs, "suite", "notebook"), columns=RUN_COLUMNS)
