@@ -314,7 +314,7 @@ FINDINGS = [
     Finding(
         "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION, MAMBA2),
         "At {length} tokens a whole Mamba-2 layer, with the scan written here, is {value} as fast as an attention layer, each in its faster "
-        "precision; at {early_length} attention is {early} as fast. With 64 states, half as many, Mamba-2 leads {few_told}.",
+        "precision; at {early_length} attention is {early} as fast. With half as many states Mamba-2 leads {few_told}.",
         below="Attention, up to {length} tokens.", above="Our Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
         more="Width {size_width}, {size_states} states, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
              "MLP here.",
