@@ -351,14 +351,14 @@ def test_repeated_runs_are_pooled_in_one_result(project):
 
 
 DRAWN = '''import time
-table, checks = Table(run, "drawn", ["kind", "share", "size"]), Table(run, "drawn_checks", ["check"], checked=True)
+table, checks = Table(run, "drawn", ["kind", "dtype", "share", "size"]), Table(run, "drawn_checks", ["check"], checked=True)
 checks.add(dict(check="today's", value=run.settings.STEPS))
 for size in (None, 8, (1, 2)):
     if not table.has(kind="made", size=size):
-        table.add(dict(kind="made", share=1 / 3, size=size, value=time.time() % 1, whole=[1, 2.5], small=size == 8, text="[no list"))
+        table.add(dict(kind="made", dtype="float32", share=1 / 3, size=size, value=time.time() % 1, whole=[1, 2.5], small=size == 8, text="[no list"))
 row = table.find(kind="made", size=8)[0]
 assert row["whole"] == [1, 2.5] and row["small"] is True and row["value"] > 0, row
-rows = table.compare({"a": lambda: time.sleep(.001), "b": lambda: None}, name="kind", ratios={"ratio": "b"}, share=0.5, size=1)
+rows = table.compare({"a": lambda: time.sleep(.001), "b": lambda: None}, name="kind", ratios={"ratio": "b"}, dtype="float16", share=0.5, size=1)
 assert all(len(row["raw_ms"]) == run.process + 1 for row in rows.values())
 table.add(rows["a"] | dict(twice=2 * rows["a"]["n_runs"]))
 table.save()
@@ -406,10 +406,10 @@ def test_only_times_are_measured_again(project):
 
 @pytest.mark.parametrize("old, new, said", [
     ("(None, 8, (1, 2))", "(None, 8, 9)", "--redraw: drawn.csv has no row for kind made, size 9: run this notebook without"),
-    ('"b": lambda: None', '"b": lambda: None, "c": lambda: 1', "drawn.csv has no row for share 0.5, size 1, kind c:"),
+    ('"b": lambda: None', '"b": lambda: None, "c": lambda: 1', "drawn.csv has no row for dtype float16, share 0.5, size 1, kind c:"),
     ('"a": lambda: time.sleep(.001), "b"', '"b"', "KeyError: 'a'"),
-    ('Table(run, "drawn", ', 'Table(run, "other", ', "allowed: a table that an earlier run has made"),
-    ('table.add(rows["a"] |', 'table.add(rows["a"] | dict(raw_ms=[[1.0], [2.0]]) |', "has no row for kind a, share 0.5, size 1"),
+    ('Table(run, "drawn", ', 'Table(run, "other", ', "--redraw: other.csv has no row for kind made"),
+    ('table.add(rows["a"] |', 'table.add(rows["a"] | dict(raw_ms=[[1.0], [2.0]]) |', "has no row for kind a, dtype float16, share 0.5, size 1"),
 ])
 def test_a_row_that_has_to_be_measured_ends_a_redrawing(project, old, new, said):
     folder, run = project

@@ -101,9 +101,8 @@ class Table:
     def _take_over(self):
         """Take the rows of the published CSV, and their raw times, for those that are there."""
         table = self.run.published.with_name(self.path.name)
-        check(table.exists(), "--redraw", table.name, "a table that an earlier run has made: this one has to be measured")
         self.file.truncate(0)
-        for row in rows_of(table, self.run.row):
+        for row in rows_of(table, self.run.row) if table.exists() else []:  # a table without rows may not have been saved
             self._put(self._waiting, dict(rows=[row], made_by=PUBLISHED))
         for row in self._raw_rows():
             parts = self._waiting[self._key_of(row)].setdefault("raw_ms", [])
@@ -269,7 +268,7 @@ class Table:
                              columns=None if self.rows else [*self.key, "status"])
         front = [*self.key, *(c for c in table if c not in self.key and c not in self.run.row)]
         if self.taken:  # as they stood
-            before = [c for c in read_csv(self.run.published.with_name(self.path.name)) if c not in self.run.row]
+            before = [c for c in read_csv(self.run.published.with_name(self.path.name)) if c in self.key or c not in self.run.row]
             front = [*before, *(c for c in front if c not in before)]
         front = [c for c in front if c in table]  # the sweep first, the provenance last
         table = table[[*front, *(c for c in self.run.row if c in table and c not in front)]]
