@@ -216,8 +216,9 @@ class Table:
         unknown = sorted({str(reference) for _, reference, _ in columns if reference not in cases})
         check(not unknown, "reference", unknown, f"one of the cases: {', '.join(map(str, cases))}")
         where = {k: v for k, v in common.items() if k in self.key}
-        there = {key: row for key, row in self._there(where).items() if row[name] in cases}
-        old = {row[name]: row for row in there.values()}
+        called = {spelled(as_kept(case)): case for case in cases}
+        there = {key: row for key, row in self._there(where).items() if spelled(row[name]) in called}
+        old = {called[spelled(row[name])]: row for row in there.values()}
         if set(old) == set(cases) and all(map(self._fresh, old.values())):
             self._rows |= there
             return old
