@@ -277,12 +277,11 @@ def move_into_place(staging, out, place):
 
 def published(path, out):
     """The provenance file of a notebook's newest results below `out`, of a first look only where there are no others."""
-    found = [(p.parent.relative_to(out / "results" / path.parent.name).parts[0].endswith("-quick"), p)
-             for p in (out / "results" / path.parent.name).rglob(f"{path.stem}.env.json")]
+    suite = out / "results" / path.parent.name
+    found = list(suite.rglob(f"{path.stem}.env.json"))
     if not found:
         raise UsageError(f"--redraw, --retime: no results of {path.stem} in {out / 'results'}")
-    found = [p for quick, p in found if quick == all(q for q, _ in found)]
-    return max(found, key=lambda p: read(p)["utc_time"])
+    return max(found, key=lambda p: (not p.relative_to(suite).parts[0].endswith("-quick"), read(p)["utc_time"]))
 
 
 def run_one(path, values, mode, out, repeat=1):
@@ -365,8 +364,7 @@ def run(options):
     for i, (path, values) in enumerate(zip(notebooks, chosen, strict=True), 1):
         share, minutes, left = plan.next()
         os.environ["EFFARCH_SECONDS_SHARE"] = f"{share:.2f}"
-        os.environ |= dict(EFFARCH_REDRAW="", EFFARCH_RETIME="") | {
-            f"EFFARCH_{'RETIME' if options.retime else 'REDRAW'}": str(results[i - 1] or "")}
+        os.environ["EFFARCH_FROM"] = f"{'retime' if options.retime else 'redraw'}:{results[i - 1]}" if results[i - 1] else ""
         print(f"\n== {i}/{len(notebooks)} {path.relative_to(ROOT).as_posix()}: about {told(minutes)}, "
               f"{told(left)} left ==", flush=True)
         begin = time.monotonic()

@@ -79,20 +79,17 @@ class Run:
         cuda = torch.cuda.is_available()
         self.mode = mode if mode != "auto" else ("full" if cuda else "quick")
         # `run_all.sh --redraw` and `--retime` name the provenance of a run whose rows are taken over: all, or what has no times
-        self.retimed = bool(os.environ.get("EFFARCH_RETIME"))
-        named = os.environ.get("EFFARCH_REDRAW") or os.environ.get("EFFARCH_RETIME")
-        self.published = Path(named) if named else None
-        self.redrawn = bool(named) and not self.retimed
-        facts = json.loads(self.published.read_text(encoding="utf-8")) if self.published else None
-        if facts:
-            self.mode, self.seed = facts["mode"], facts["seed"]
+        how, _, path = os.environ.get("EFFARCH_FROM", "").partition(":")
+        self.redrawn, self.retimed, self.published = how == "redraw", how == "retime", Path(path) if path else None
+        self.before = json.loads(self.published.read_text(encoding="utf-8")) if path else {}
+        self.mode, self.seed = self.before.get("mode", self.mode), self.before.get("seed", self.seed)
         self.smoke, self.started = self.mode == "smoke", time.monotonic()
         if self.smoke:
             torch.set_num_threads(1)  # two threads on a busy machine take five times as long
         self.device = torch.device("cuda" if cuda else "cpu")
         self.settings = SimpleNamespace(**{
             name: setting.resolve(name, parameters[name], self.mode, cuda) for name, setting in settings.items()})
-        vars(self.settings).update({k: v for k, v in (facts or {}).get("settings", {}).items()
+        vars(self.settings).update({k: v for k, v in self.before.get("settings", {}).items()
                                     if k in settings and (k != "SECONDS" or self.redrawn)})
         # `run_all.sh` shortens comparisons where all notebooks together would take too long …
         self.seconds_share = float(os.environ.get("EFFARCH_SECONDS_SHARE", 1)) if parameters["SECONDS"] is None else 1.0
@@ -100,7 +97,7 @@ class Run:
         # … and with `--repeat 3` runs a notebook in three processes, whose times are pooled
         self.process, self.processes = map(int, os.environ.get("EFFARCH_PROCESS", "0/1").split("/"))
         if self.redrawn:  # as the last of its processes would
-            self.process, self.processes = facts["processes"] - 1, facts["processes"]
+            self.process, self.processes = self.before["processes"] - 1, self.before["processes"]
         self.slug = device_slug(self.device)
         self.root = output_root(out, self.mode)
         place = Path(self.suite) / (self.slug + ("-quick" if self.mode == "quick" else "")) / weights
@@ -125,7 +122,7 @@ class Run:
             git_commit=commit, git_dirty=dirty, seed=self.seed, utc_time=f"{now:%Y-%m-%dT%H:%M:%SZ}",
             mode=self.mode)
         self.drawn = {k: self.row[k] for k in ("device", "git_commit", "git_dirty", "utc_time")}
-        self.row |= {k: v for k, v in (facts or {}).items() if k in self.row and self.redrawn}
+        self.row |= {k: v for k, v in self.before.items() if k in self.row and self.redrawn}
         self.comparing, self.continued = 0.0, False  # seconds spent in comparisons; whether an interrupted run goes on
         self.inputs = {}  # hashes of what is read (weights, images): with others a table begins anew
         self.facts = {}  # anything a notebook wants in the long provenance: checkpoint revision, templates, …
@@ -152,13 +149,11 @@ class Run:
         """Write `<notebook>.env.json`; after the last process drop the journals (nothing is left to continue)."""
         path, seconds = self.results / f"{self.notebook}.env.json", round(time.monotonic() - self.started, 1)
         if self.redrawn:
-            long = json.loads(self.published.read_text(encoding="utf-8")) | dict(redrawn=self.drawn)
-            write_atomically(path, json.dumps(long, indent=1) + "\n")
+            write_atomically(path, json.dumps(self.before | dict(redrawn=self.drawn), indent=1) + "\n")
             print(f"drawn again in {seconds / 60:.1f} min")
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))["process_seconds"] if self.process and path.exists() else []
-        before = json.loads(self.published.read_text(encoding="utf-8")) if self.published else {}
-        trained = dict(trained={k: before[k] for k in ("run_id", "git_commit", "git_dirty", "utc_time")}) if before else {}
+        trained = dict(trained={k: self.before[k] for k in ("run_id", "git_commit", "git_dirty", "utc_time")}) if self.retimed else {}
         packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
         long = dict(
             self.row, **trained, finished_utc=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",

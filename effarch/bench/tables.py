@@ -68,10 +68,9 @@ class Table:
 
     def _recover(self):
         """Read what an interrupted run (or an earlier process) of the same kind left, else begin an empty journal."""
-        before = self.run.published and self.run.published.with_name(self.path.name)
-        if before and before.exists() and not self.checked:  # only times are measured: all that has none is taken over
-            timed = {self._key_of(row) for row in self._raw_rows()}
-            for row in rows_of(before, self.run.row):
+        if self.run.retimed and not self.checked:  # only times are measured: all that has none is taken over
+            timed = {self._key_of(row) for row in self._published_rows("_raw")}
+            for row in self._published_rows():
                 if row["status"] == "ok" and self._key_of(row) not in timed:
                     self._put(self._waiting, dict(rows=[row], made_by=PUBLISHED))
         self.file.seek(0)
@@ -100,19 +99,18 @@ class Table:
 
     def _take_over(self):
         """Take the rows of the published CSV, and their raw times, for those that are there."""
-        table = self.run.published.with_name(self.path.name)
         self.file.truncate(0)
-        for row in rows_of(table, self.run.row) if table.exists() else []:  # a table without rows may not have been saved
+        for row in self._published_rows():
             self._put(self._waiting, dict(rows=[row], made_by=PUBLISHED))
-        for row in self._raw_rows():
+        for row in self._published_rows("_raw"):
             parts = self._waiting[self._key_of(row)].setdefault("raw_ms", [])
             parts += [[] for _ in range(row["process"] + 1 - len(parts))]
             parts[row["process"]].append(row["latency_ms"])
 
-    def _raw_rows(self):
-        """The rows of the published raw times, none where there is no such file."""
-        raw = self.run.published.with_name(f"{self.name}_raw.csv")
-        return rows_of(raw, self.run.row) if raw.exists() else []
+    def _published_rows(self, suffix=""):
+        """The rows of the published table, or of its raw times; none where there is no file, as of a table without rows."""
+        path = self.run.published.with_name(f"{self.name}{suffix}.csv")
+        return rows_of(path) if path.exists() else []
 
     def _tell_changes(self):
         """Say where what is computed again (nothing is measured) differs from the published table."""
@@ -268,8 +266,9 @@ class Table:
         table = pd.DataFrame([{k: v for k, v in row.items() if k != "raw_ms"} for row in self.rows],
                              columns=None if self.rows else [*self.key, "status"])
         front = [*self.key, *(c for c in table if c not in self.key and c not in self.run.row)]
-        if self.taken:  # as they stood
-            before = [c for c in read_csv(self.run.published.with_name(self.path.name)) if c in self.key or c not in self.run.row]
+        before = self.run.published and self.run.published.with_name(self.path.name)
+        if self.taken and before.exists():  # the columns as they stood
+            before = [c for c in read_csv(before) if c in self.key or c not in self.run.row]
             front = [*before, *(c for c in front if c not in before)]
         front = [c for c in front if c in table]  # the sweep first, the provenance last
         table = table[[*front, *(c for c in self.run.row if c in table and c not in front)]]
@@ -279,15 +278,15 @@ class Table:
         return read_csv(self.path)
 
 
-def rows_of(path, provenance):
+def rows_of(path):
     """The rows (dicts) of a CSV, as near as it can tell to those that were written: whole numbers, lists, no empty cells but NaN."""
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={k: str for k, v in provenance.items() if isinstance(v, str)})
+    table = read_csv(path)
     numbers = set(table.select_dtypes("number"))
     for column in table.select_dtypes("float"):
         if table[column].isna().any() and (table[column].dropna() % 1 == 0).all():
             table[column] = table[column].astype("Int64").astype(object).where(table[column].notna(), math.nan)
     return [{k: json.loads(v) if isinstance(v, str) and v[:1] + v[-1:] == "[]" else v for k, v in row.items()
-             if k in numbers or not pd.isna(v)} | {k: "" for k in provenance if k in row and pd.isna(row[k])}
+             if k in numbers or not pd.isna(v)} | {k: "" for k in TEXT if k in row and pd.isna(row[k])}
             for row in table.astype(object).to_dict("records")]
 
 
@@ -302,8 +301,7 @@ def spelled(value):
 
 def differ(new, old):
     """Whether a cell says something else; what was computed from numbers of six digits may differ in the last of them."""
-    both = all(is_number(v) and not isinstance(v, bool) for v in (new, old))
-    return not math.isclose(new, old, rel_tol=1e-4) if both else spelled(new) != spelled(old)
+    return not math.isclose(new, old, rel_tol=1e-4) if is_number(new) and is_number(old) else spelled(new) != spelled(old)
 
 
 def plain(value):

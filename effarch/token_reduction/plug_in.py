@@ -138,7 +138,7 @@ def refuse(tower, skipped, places):
     """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks, parts patched or put in the
     place of others; TypeError for an attention of somebody else's."""
     refuse_dropout(tower)
-    refuse_attention([tower.module, *(one for block in tower.blocks for one in block.attentions())])
+    refuse_attention([tower.module, *tower.attentions()])
     check(not torch.jit.is_tracing(), "torch.jit.trace", "of a reduced model", "torch.compile: what is kept depends on the images")
     moved = [name for parent, name, part in places if parent._modules.get(name) is not part]
     check(not moved, "modules replaced", moved[:3], "none inside token_reduction: what stands there now would not be called")

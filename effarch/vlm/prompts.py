@@ -83,7 +83,7 @@ def refuse_left_out(inner):
     parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # inside what torch.compile made
     refuse_attention([*parts.values(), *(layer.self_attn for layer in inner.language_model.layers)])
     home = home_of(type(inner).forward)
-    own = [name for name, part in parts.items() if patched(part) or not as_its_library(type(part), "forward", type(part).forward, home)]
+    own = [name for name, part in parts.items() if patched(part) or not as_its_library(type(part), "forward", home)]
     check(not own, "forwards of their own", own[:3], "none where prompts are reduced: not these modules are called, but their parts")
     held = hooked(parts)
     check(not held, "hooks on", held[:3], "hooks on the whole model, on single norms, linear layers and MLPs, or on layers of the language model")

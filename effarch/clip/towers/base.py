@@ -69,6 +69,10 @@ class Tower:
     pools_all: bool = False  # whether `pool` reads more than the CLS token although there are tokens in front
     output: Callable | None = None  # (last, pooled, hidden states, pixels) → what the module returns; None: the usual
 
+    def attentions(self):
+        """The modules of all layers that attend."""
+        return [one for block in self.blocks for one in block.attentions()]
+
     def called(self):
         """The modules that the loop calls, each with all that is in it."""
         ours = [getattr(block, name) for block in self.blocks for name in ("norm1", "q", "k", "v", "out", "norm2", "mlp")]
@@ -103,7 +107,7 @@ class Tower:
     def dropout_now(self):
         """The most dropout that an attention would use now: 0 outside training."""
         rates = [self.dropout if self.module.training else 0.0]
-        for part in (one for block in self.blocks for one in block.attentions() if one.training):
+        for part in (one for one in self.attentions() if one.training):
             values = [getattr(part, name, 0.0) for name in ("dropout", "dropout_prob", "attention_dropout", "attn_drop")]
             rates += [rate for rate in (getattr(value, "p", value) for value in values) if is_number(rate)]
         return max(rates)
@@ -154,8 +158,8 @@ def patched(module, method="forward"):
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
 
 
-def as_its_library(cls, method, function, copied):
-    """Whether a class's method (which is `function`) is a library's, or that of a whole copy of a library's file in the package `copied`: of
+def as_its_library(cls, method, copied):
+    """Whether a class's method is a library's, or that of a whole copy of a library's file in the package `copied`: of
     a class that inherits no library's. A class says `plain_attention = True` of a forward of its own that is softmax attention of its
     q_proj, k_proj, v_proj and out_proj."""
     written = [base for base in cls.__mro__ if method in vars(base) and base is not nn.Module]
@@ -192,12 +196,12 @@ def as_built(tower):
     copied = home_of(getattr(type(tower.module), methods[0]))
     for name, part in tower.holders().items():
         for method in ("forward",) if name else methods:
-            known = not patched(part, method) and as_its_library(type(part), method, getattr(type(part), method), copied)
+            known = not patched(part, method) and as_its_library(type(part), method, copied)
             if not known and not hasattr(part, "_orig_mod"):
                 said = " (plain_attention = True in its class says that it is softmax attention of q_proj, k_proj, v_proj and out_proj)"
                 raise TypeError(f"{name or 'the tower'}: {type(part).__name__} with a {method} of its own is not supported: not it is called, "
                                 f"but its parts{said if 'attn' in name or 'attention' in name else ''}")
-    refuse_attention([tower.module, *(one for block in tower.blocks for one in block.attentions())])
+    refuse_attention([tower.module, *tower.attentions()])
     for i, block in enumerate(tower.blocks):
         *_, attention = block.attentions()
         heads = {getattr(attention, name) for name in ("num_heads", "num_attention_heads") if has(attention, name)}
