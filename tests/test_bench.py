@@ -964,11 +964,12 @@ def draw(run, name="f", **words):
 
 
 @pytest.mark.parametrize("where", ["outside upper center", "outside lower center", "outside right upper", None])
-def test_a_long_title_and_a_legend_at_the_top_stand_clear_of_each_other(where):
+@pytest.mark.parametrize("whose", ["figure", "axes"])
+def test_a_long_title_and_a_legend_at_the_top_stand_clear_of_each_other(where, whose):
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     ax.plot([1, 2], label="a line")
     fig.legend(loc=where) if where else None
-    fig.suptitle("a finding that is told in so many words that it has to be broken into several lines, " * 2)
+    (fig.suptitle if whose == "figure" else ax.set_title)("a finding that is told in so many words that it has to be broken into several lines, " * 2)
     bench.figures.place_headline(fig)
     fig.canvas.draw()
     texts = [text for text in fig.findobj(Text) if text.get_text().strip() and text.get_visible()]

@@ -74,6 +74,9 @@ def save_figure(run, fig, name, alt, n=None, photo=False, title=None):
 def place_headline(fig, size=13):
     """Break a figure's title so that it fits beside a legend that stands outside at the right, and put it above one that
     stands outside at the top: the layout knows of one or the other, and would draw them over each other."""
+    if len(fig.axes) == 1 and not fig.get_suptitle():  # an only axes' title is the figure's, and would not be broken
+        fig.suptitle(fig.axes[0].get_title())
+        fig.axes[0].set_title("")
     text = fig.get_suptitle()
     if not text:
         return
