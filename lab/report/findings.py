@@ -313,10 +313,10 @@ FINDINGS = [
         beside=dict(full=signal_error("airport", "SplitMRSS α=0.5, aligned", "Dilated twin α=0.5, aligned"))),
     Finding(
         "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION, MAMBA2),
-        "At {length} tokens a whole Mamba-2 layer, with the scan written here, is {value} as fast as an attention layer, each in its faster "
+        "At {length} tokens a whole Mamba-2 layer of {size_states} states, with the scan written here, is {value} as fast as an attention layer, each in its faster "
         "precision; at {early_length} attention is {early} as fast. With half as many states Mamba-2 leads {few_told}.",
         below="Attention, up to {length} tokens.", above="Our Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
-        more="Width {size_width}, {size_states} states, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
+        more="Width {size_width}, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
              "MLP here.",
         beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(MAMBA2, ATTENTION, min),
                     size=layer_speed(ATTENTION, MAMBA2, words=("width", "states", "params_over_attention")),
