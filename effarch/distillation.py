@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effarch.checks import check, is_count, is_number
+from effarch.checks import check, check_count, is_count, is_number
 
 
 def causal_conv_naive(x, kernel):
@@ -41,7 +41,7 @@ class S4DKernel(nn.Module):
     def __init__(self, width, order=16):
         super().__init__()
         check(is_count(order, 2) and order % 2 == 0, "order", order, "an even number of at least 2: modes come in pairs")
-        pairs = order // 2
+        pairs, width = order // 2, check_count(width, "width")
         self.log_step = nn.Parameter(torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)))
         self.log_decay = nn.Parameter(torch.full((pairs, width), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(pairs).float()[:, None].repeat(1, width))
@@ -56,7 +56,7 @@ class S4DKernel(nn.Module):
 
     def forward(self, length):
         log_poles, c = self.modes()
-        t = torch.arange(length, device=c.device)[:, None, None]
+        t = torch.arange(check_count(length, "length"), device=c.device)[:, None, None]
         kernel = (c * torch.exp(log_poles * t)).sum(1).real
         return torch.cat([kernel[:1] + self.skip, kernel[1:]])
 
@@ -104,6 +104,14 @@ class Distilled(nn.Module):
 
     method, rank, error, kernel_error, note = "", 0, float("nan"), float("nan"), ""
 
+    def __init__(self, *given, **parts):
+        """parts: {name: tensor} to check. ValueError unless they are tensors of numbers, none empty; a Distilled is made by `distill`."""
+        super().__init__()
+        check(type(self) is not Distilled and not given, "Distilled", given, "distill(kernel, method), which makes one, or a LowRank, Cut or StateSpace")
+        for name, part in parts.items():
+            real = isinstance(part, torch.Tensor) and (part.is_floating_point() or part.is_complex()) and part.dim() > 0 and part.numel() > 0
+            check(real, name, (tuple(part.shape), part.dtype) if isinstance(part, torch.Tensor) else part, "a tensor of real or complex numbers, not empty")
+
     def stored(self):
         """Numbers to store."""
         return sum(p.numel() for p in self.parameters())
@@ -113,11 +121,12 @@ class LowRank(Distilled):
     """K_t = Σ_r u_r(t) M_r. time (L, r), rest (r, …)."""
 
     def __init__(self, time, rest):
-        super().__init__()
+        super().__init__(time=time, rest=rest)
+        check(time.dim() == 2 and time.shape[1] == len(rest), "time, rest", (tuple(time.shape), tuple(rest.shape)), "(L, r) and (r, …)")
         self.time, self.rest = nn.Parameter(time), nn.Parameter(rest)
 
     def forward(self, length):
-        kernel = torch.tensordot(self.time[:length], self.rest, dims=1)
+        kernel = torch.tensordot(self.time[:check_count(length, "length")], self.rest, dims=1)
         return torch.cat([kernel, kernel.new_zeros(length - len(kernel), *kernel.shape[1:])])
 
 
@@ -125,11 +134,11 @@ class Cut(Distilled):
     """The first taps only. taps (r, …)."""
 
     def __init__(self, taps):
-        super().__init__()
+        super().__init__(taps=taps)
         self.taps = nn.Parameter(taps)
 
     def forward(self, length):
-        return torch.cat([self.taps[:length], self.taps.new_zeros(max(0, length - len(self.taps)), *self.taps.shape[1:])])
+        return torch.cat([self.taps[:check_count(length, "length")], self.taps.new_zeros(max(0, length - len(self.taps)), *self.taps.shape[1:])])
 
 
 class StateSpace(Distilled):
@@ -139,7 +148,12 @@ class StateSpace(Distilled):
     pair, 1 for a real pole, 0 for an unused one. coefficients: complex (modes, D) or (modes, D, E). skip: (D,) or (D, E)."""
 
     def __init__(self, log_poles, coefficients, kind, skip):
-        super().__init__()
+        super().__init__(log_poles=log_poles, coefficients=coefficients, skip=skip)
+        shapes = {name: tuple(getattr(part, "shape", ())) for name, part in dict(log_poles=log_poles, coefficients=coefficients, kind=kind, skip=skip).items()}
+        modes, c = shapes["log_poles"], shapes["coefficients"]
+        fits = modes == shapes["kind"] == c[:len(modes)] and shapes["skip"] == c[1:] and (len(modes), len(c)) in ((2, 2), (1, 2), (1, 3))
+        check(fits and log_poles.is_complex() and coefficients.is_complex(), "shapes", shapes,
+              "complex log_poles (modes, D) or (modes,), kind as they, complex coefficients (modes, D) or (modes, D, E), skip (D,) or (D, E)")
         self.log_decay = nn.Parameter((-log_poles.real).clamp_min(1e-15).log())
         self.angle = nn.Parameter(log_poles.imag.clone())
         self.real, self.imag = nn.Parameter(coefficients.real.clone()), nn.Parameter(coefficients.imag.clone())
@@ -157,7 +171,7 @@ class StateSpace(Distilled):
 
     def forward(self, length):
         log, c = self.log_poles(), self.coefficients()
-        t = torch.arange(length - 1, device=c.device).to(self.angle.dtype).reshape(-1, *[1] * log.dim())
+        t = torch.arange(check_count(length, "length") - 1, device=c.device).to(self.angle.dtype).reshape(-1, *[1] * log.dim())
         powers = torch.polar(torch.exp(log.real * t), log.imag * t)
         tail = (powers * c).sum(1) if c.dim() == log.dim() else torch.tensordot(powers, c, dims=1)
         return torch.cat([self.skip[None], tail.real])

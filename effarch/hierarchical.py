@@ -110,13 +110,22 @@ class ModalityEmbedding(nn.Module):
 
     def __init__(self, sizes, dim, order=None):
         super().__init__()
-        check(order is None or sorted(order) == list(range(len(sizes))), "order", order, f"None, or 0 to {len(sizes) - 1} in some order")
+        dim = check_count(dim, "dim")
+        check(isinstance(sizes, (tuple, list)) and len(sizes) > 0, "sizes", sizes, "whole numbers, one for each modality")
+        named = order is None or isinstance(order, (tuple, list)) and sorted(order) == list(range(len(sizes)))
+        check(named, "order", order, f"None, or 0 to {len(sizes) - 1} in some order")
         check(order is None or dim % len(sizes) == 0, "dim", dim, f"a multiple of the {len(sizes)} modalities")
         self.order, width = order, dim if order is None else dim // len(sizes)
         self.tables = nn.ParameterList(torch.randn(check_count(size, "sizes"), width) for size in sizes)
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
+        check(isinstance(x, (tuple, list)), "x", type(x).__name__, f"a tuple of {len(self.tables)} sequences, one a modality")
         check(len(x) == len(self.tables), "len(x)", len(x), f"{len(self.tables)} sequences, one a modality")
+        for v, size in zip(x, map(len, self.tables), strict=True):
+            told = (tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else type(v).__name__
+            fits = isinstance(v, torch.Tensor) and v.shape[:2] == x[0].shape[:2] and (
+                v.dim() == 3 and v.shape[2] == size if v.is_floating_point() else v.dim() == 2 and v.dtype in (torch.int32, torch.int64))
+            check(fits, "x", told, f"{size} symbols (B, T) as int32 or int64, or features (B, T, {size}), B and T as of the others")
         parts = [F.embedding(v, w) if not v.is_floating_point() else v @ w * len(w) ** -0.5 for v, w in zip(x, self.tables, strict=True)]
         return self.bias + (sum(parts) if self.order is None else torch.cat([parts[i] for i in self.order], -1))

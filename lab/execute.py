@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -195,7 +196,8 @@ def execute(path, values, mode, staging):
     try:
         papermill.execute_notebook(
             source, copy, parameters=given, cwd=str(ROOT), kernel_name="python3", progress_bar=False,
-            log_output=True, execution_timeout=CELL_TIMEOUT_S.get(mode, 3600))
+            log_output=True, execution_timeout=CELL_TIMEOUT_S.get(mode, 3600),
+            extra_arguments=["--log-level=CRITICAL"])  # of the kernel itself: else it tells how its sockets ended, at Ctrl-C
     except papermill.PapermillExecutionError as error:
         return "failed", f"{error.ename}: {error.evalue}"
     except (DeadKernelError, CellTimeoutError, NoSuchKernel, OSError, RuntimeError) as error:
@@ -407,8 +409,17 @@ def test():
     return subprocess.run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal"], cwd=ROOT).returncode or lint
 
 
+def stop(*received):
+    """At Ctrl-C: end quietly, without what papermill and asyncio log of cells that were stopped midway; at a second one at once."""
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.default_int_handler(*received)
+
+
 def main(argv=None):
     """Command line; returns the exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored, as in the background
+        signal.signal(signal.SIGINT, stop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still shows the rest

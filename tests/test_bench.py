@@ -1,7 +1,9 @@
 """effarch.bench: timing until ratios are known, one rule of inference, tables that survive, settings, figures, claims."""
 
 import builtins
+import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import os
@@ -170,8 +172,8 @@ def test_rounds_are_interleaved_in_changing_order():
     state = np.random.get_state()[1].tolist()
     compare(cases, rounds=20, warmup=2)
     assert "".join(calls[:6]) == "aabbcc" and np.random.get_state()[1].tolist() == state
-    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
-    assert len(rounds) == 20 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 3
+    *rounds, looked_at = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert looked_at == "abc" and len(rounds) == 20 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 3
 
 
 def raising(error):
@@ -204,7 +206,7 @@ def test_an_apple_gpu_is_waited_for_and_an_unknown_device_refused(monkeypatch):
     done = []
     monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited"))
     rows = compare({"a": lambda: done.append("called")}, device="mps", rounds=3, warmup=1)
-    assert rows["a"]["status"] == "ok" and done == ["called", "waited"] + ["waited", "called", "waited"] * 3
+    assert rows["a"]["status"] == "ok" and done == ["called", "waited"] + ["waited", "called", "waited"] * 3 + ["called", "waited"]
     with pytest.raises(ValueError, match="device='xpu' is not allowed; allowed: cpu, cuda, mps"):
         compare({"a": lambda: None}, device="xpu", rounds=1)
 
@@ -225,7 +227,7 @@ def test_who_names_no_device_is_timed_on_the_gpu_that_is_in_use(monkeypatch, use
     monkeypatch.setattr(torch.cuda, "is_available", lambda: used)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(timing, "attempt", lambda fn, device: "ok")
+    monkeypatch.setattr(timing, "attempt", lambda fn, device, name: "ok")
     monkeypatch.setattr(timing, "time_once", lambda fn, device: seen.append(device.type) or 1.0)
     timing.compare({"a": lambda: None}, rounds=3)
     assert set(seen) == {"cuda" if used else "cpu"}
@@ -248,6 +250,60 @@ def test_a_fault_in_a_timed_round_is_a_row_as_well(clock, error, who):
     assert rows[who]["status"] == ("oom" if isinstance(error, MemoryError) else "error: late") and rows[who]["raw_ms"] == []
     others = [row for name, row in rows.items() if name != who]
     assert all(row["status"] == "ok" and row["n_runs"] >= 5 for row in others)
+
+
+def test_what_is_not_finite_from_a_later_round_on_is_told(clock):
+    calls = iter(range(10**6))
+
+    def spoilt():
+        clock.now += 0.1
+        return torch.full((2,), float("nan") if next(calls) >= 4 else 1.0)
+    rows = compare({"spoilt": spoilt, "good": clock.case(0.2)}, rounds=6, clock=clock)
+    assert rows["spoilt"] == dict(status="nan", raw_ms=[])
+    assert rows["good"]["raw_ms"] == pytest.approx([200] * 6)
+
+
+def counting():
+    yield 1
+
+
+async def awaited():
+    return 1
+
+
+async def counting_slowly():
+    yield 1
+
+
+class Counting:
+    def __call__(self):
+        yield 1
+
+
+@pytest.mark.parametrize("case", [
+    counting, awaited, counting_slowly, Counting(), functools.partial(counting), lambda: counting(), lambda: awaited(), lambda: counting_slowly(),
+    lambda: map(abs, [1]), lambda: iter([1]), lambda: torch.futures.Future(), lambda: concurrent.futures.Future(), 3, "f"])
+@pytest.mark.filterwarnings("error")
+def test_what_would_only_be_made_and_not_run_is_refused(case, run):
+    for call in (lambda: compare({"good": lambda: 1, "f": case}, rounds=2), lambda: Table(run, "t", ["variant"]).compare({"f": case}),
+                 lambda: timing_module.peak_memory(case, CPU), lambda: timing_module.count_flops(case)):
+        with pytest.raises(ValueError, match=r"(cases\['f'\]|fn)=.* is not allowed; allowed: functions that do their work when") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(seconds=-1), "seconds=-1"), (dict(seconds=math.nan), "seconds=nan"), (dict(seconds=None), "seconds=None"), (dict(seconds="2"), "seconds='2'"),
+    (dict(width=0), "width=0"), (dict(width=-0.1), "width=-0.1"), (dict(width=math.nan), "width=nan"), (dict(width=None), "width=None"),
+    (dict(warmup=-1), "warmup=-1"), (dict(warmup=1.5), "warmup=1.5"), (dict(warmup=None), "warmup=None"), (dict(rounds=0), "rounds=0"),
+    (dict(rounds=2.0), "rounds=2.0"), (dict(against="g"), "against=.'g'.")])
+def test_what_a_comparison_cannot_be_told_is_one_line(wrong, words):
+    with pytest.raises(ValueError, match=f"{words} is not allowed; allowed: ") as error:
+        compare({"f": no_call}, **wrong)
+    assert "\n" not in str(error.value)
+    for cases in ([no_call], no_call, None):
+        with pytest.raises(ValueError, match="cases='[a-zA-Z]*' is not allowed; allowed: a dict {name: function"):
+            compare(cases)
 
 
 def test_all_cases_may_fail_and_none_may_be_there():
@@ -318,7 +374,7 @@ def test_attention_with_shared_keys_counts_as_with_repeated_ones(heads):
 
 
 def test_ceilings_that_cannot_be_measured_are_unknown(monkeypatch):
-    monkeypatch.setattr(timing_module, "attempt", lambda fn, device: "oom")
+    monkeypatch.setattr(timing_module, "attempt", lambda fn, device, name: "oom")
     limits = bench.ceilings(CPU)
     assert all(map(math.isnan, limits.values())) and math.isnan(bench.limit_ms(1e9, 1e6, limits))
 
@@ -736,6 +792,13 @@ def test_a_key_of_any_type_is_found_again(tmp_path, key):
     assert table.best("ratio", shape=key, variant="a")["variant"] == "a"
 
 
+@pytest.mark.parametrize("beside", [0.5, 7, "dense", None])
+@pytest.mark.parametrize("value", [1.0, -2.0, 0.25, 1 / 3, 1e-7, 3, True, "x", "v1.0"])
+def test_a_key_is_spelled_as_in_the_file_whatever_stands_beside_it(tmp_path, value, beside):
+    tables_module.write_csv(tmp_path / "t.csv", pd.DataFrame([dict(k=value), dict(k=beside)]))
+    assert tables_module.spelled(tables_module.rows_of(tmp_path / "t.csv")[0]["k"]) == tables_module.spelled(value)
+
+
 def test_rows_that_wait_are_in_the_table_once_they_are_asked_for(tmp_path):
     first = Table(begin(tmp_path), "t", ["i", "j"])
     for i in range(2):
@@ -773,17 +836,17 @@ def test_an_edit_is_measured_again_and_what_came_before_it_is_not(tmp_path):
     with kernel(setup, "class Ours: old", measure):
         table.compare({"ours": case})
         table.compare({"ours": case})
-        assert len(calls) == 3, "one warm-up, two rounds; the same code is not measured twice"
+        assert len(calls) == 4, "one warm-up, two rounds, one look at the result; the same code is not measured twice"
         assert table.has(variant="ours")
     with kernel(setup, "class Ours: old", measure, edited, measure):
         assert not table.has(variant="ours")
         table.compare({"ours": case})
-    assert len(calls) == 6 and len(table.rows) == 1
+    assert len(calls) == 8 and len(table.rows) == 1
     with kernel(setup):  # the kernel was restarted, before the run was finished
         table = Table(begin(tmp_path), "t", ["variant"])
     with kernel(setup, edited, measure):
         table.compare({"ours": case})
-    assert len(calls) == 9
+    assert len(calls) == 12
     with kernel(setup):  # again, without an edit
         table = Table(begin(tmp_path), "t", ["variant"])
     with kernel(setup, edited, measure):
@@ -979,6 +1042,13 @@ def test_a_long_title_and_a_legend_at_the_top_stand_clear_of_each_other(where, w
     assert all(0 <= boxes[i].x0 and boxes[i].x1 <= fig.bbox.width and boxes[i].y1 <= fig.bbox.height for i in long)
     assert not any(boxes[i].overlaps(boxes[j]) for i in long for j in range(len(boxes)) if i != j)
     plt.close(fig)
+
+
+@pytest.mark.parametrize("variant, words", [
+    ("SplitMRSS r=8 α=0.875", "SplitMRSS: 7/8 at 1/8"), ("SplitMRSS r=2 α=0.6, mixed", "SplitMRSS: 3/5 at 1/2, mixed"),
+    ("Dilated twin α=0.5, aligned", "Dilated twin: 1/2 slow, aligned"), ("MRSS r=4", "MRSS at 1/4"), ("MyMRSS", "MyMRSS")])
+def test_layers_have_names_without_symbols(variant, words):
+    assert bench.in_words(variant) == words
 
 
 def test_figure_is_the_same_bytes_twice_and_says_what_it_shows(run):

@@ -7,7 +7,11 @@ import torch
 from effarch.decoding import BlockedConvolution, ChunkedPrefill, RingBuffer, StateSpaceDecoder
 from effarch.distillation import (
     METHODS,
+    Cut,
+    Distilled,
+    LowRank,
     S4DKernel,
+    StateSpace,
     causal_conv,
     causal_conv_naive,
     distill,
@@ -317,6 +321,33 @@ def test_refusals_name_the_parameter(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         distill(**call)
     assert "\n" not in str(caught.value)
+
+
+ones, poles, both = torch.ones, torch.complex(-torch.ones(2, 3), torch.ones(2, 3)), torch.full((2, 3), 2)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: S4DKernel(0), "width=0"), (lambda: S4DKernel(2.5), "width=2.5"), (lambda: S4DKernel("a"), "width='a'"), (lambda: S4DKernel(4, 3), "order=3"),
+    (lambda: Distilled(0), "Distilled=.0,."), (lambda: Distilled(), "Distilled="),
+    (lambda: LowRank(0, 0), "time=0"), (lambda: LowRank(ones(4, 2), [1]), "rest=.1."), (lambda: LowRank(ones(4, 2).long(), ones(2, 3)), "time=.*int64"),
+    (lambda: LowRank(ones(0, 2), ones(2, 3)), "time=.*0, 2"), (lambda: LowRank(ones(4, 2), ones(3, 5)), "time, rest="), (lambda: LowRank(ones(4), ones(4, 3)), "time, rest="),
+    (lambda: Cut(0), "taps=0"), (lambda: Cut(ones(0, 3)), "taps="), (lambda: Cut(torch.tensor(1.0)), "taps="),
+    (lambda: StateSpace(0, 0, 0, 0), "log_poles=0"), (lambda: StateSpace(poles.real, poles, both, ones(3)), "shapes="),
+    (lambda: StateSpace(poles, poles[:1], both, ones(3)), "shapes="), (lambda: StateSpace(poles, poles, both[:1], ones(3)), "shapes="),
+    (lambda: StateSpace(poles, poles, both, ones(4)), "shapes="), (lambda: StateSpace(poles, poles, 2, ones(3)), "shapes=")])
+def test_what_no_kernel_can_be_made_of_is_one_line(call, words):
+    with pytest.raises(ValueError, match=f"^{words}.* is not allowed; allowed: ") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [S4DKernel(3, 4), LowRank(ones(4, 2), ones(2, 3)), Cut(ones(4, 3)), StateSpace(poles, poles, both, ones(3))],
+                         ids=lambda form: type(form).__name__)
+def test_a_kernel_is_as_long_as_it_is_asked_to_be_and_no_other_length_is_taken(form):
+    assert all(form(length).shape == (length, 3) for length in (1, 3, 9))
+    for wrong in (0, -1, 2.5, "3", None):
+        with pytest.raises(ValueError, match=f"length={wrong!r} is not allowed; allowed: a whole number of at least 1"):
+            form(wrong)
 
 
 @pytest.mark.parametrize("method, rank", [("svd", 2), ("cut", 10), ("hankel", 3)])

@@ -149,10 +149,25 @@ def test_symbols_are_rows_and_features_a_linear_map():
     (lambda: HierarchicalMRSS(0, 9), "dim="), (lambda: HierarchicalMRSS(16, 0), "kernel="),
     (lambda: DilatedLowRank(16, 9, 4, 0.5, 0), "rank="),
     (lambda: ModalityEmbedding((3, 4), 8, (0, 0)), "order="), (lambda: ModalityEmbedding((3, 4), 7, (0, 1)), "dim=7"),
-    (lambda: ModalityEmbedding((3, 0), 8), "sizes=0")])
+    (lambda: ModalityEmbedding((3, 0), 8), "sizes=0"), (lambda: ModalityEmbedding((3.5, 2), 8), "sizes=3.5"), (lambda: ModalityEmbedding(3, 8), "sizes=3 "),
+    (lambda: ModalityEmbedding((), 8), "sizes="), (lambda: ModalityEmbedding((3, 4), 4.5), "dim=4.5"), (lambda: ModalityEmbedding((3, 4), 0), "dim=0"),
+    (lambda: ModalityEmbedding((3, 4), 8, 3), "order=3")])
 def test_what_cannot_be_built_is_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("order", [None, (1, 0)])
+def test_what_no_modality_is_gets_one_line(order):
+    embed, symbols, features = ModalityEmbedding((9, 3), 8, order), torch.randint(9, (2, 12)), torch.randn(2, 12, 3)
+    assert torch.equal(embed((symbols.int(), features)), embed([symbols, features]))
+    for wrong in (symbols.float(), symbols.double(), symbols.bool(), symbols.to(torch.int8), symbols[0], symbols[:, :5], torch.randn(2, 12, 4), None, 3):
+        with pytest.raises(ValueError, match="^x=.* is not allowed; allowed: [93] symbols .B, T. as int32 or int64, or features .B, T, [93].") as error:
+            embed((wrong, features))
+        assert "\n" not in str(error.value)
+    for wrong in (symbols, None):
+        with pytest.raises(ValueError, match="^x=.*a tuple of 2 sequences, one a modality"):
+            embed(wrong)
 
 
 def test_it_goes_through_autocast_state_dicts_and_double():

@@ -393,6 +393,10 @@ def test_hooks_and_patches_that_would_be_left_out_are_refused(model, place):
     part.__class__ = type("Own", (kind,), dict(forward=lambda self, *args, **kwargs: None, __module__=__name__))
     refused(model, f"forwards of their own=.'{place}'")
     part.__class__ = kind
+    attention = model.model.visual.blocks[1].attn
+    attention.is_causal = True
+    refused(model, "layer 1 with is_causal=True is not supported", TypeError)
+    attention.is_causal = False
     with reduce_vision_tokens(model, "grid", 0.5):
         hook = part.register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="hooks on"):

@@ -262,13 +262,6 @@ def test_a_renamed_column_is_told_and_the_rest_is_reported(tables, tmp_path):
         assert findings.find(Least("demo_speed", "latency_ms_median", dict(variant="slow"), over="train"), place_of(root)) is None
 
 
-@pytest.mark.parametrize("variant, words", [
-    ("SplitMRSS r=8 α=0.875", "split: 7/8 at 1/8"), ("SplitMRSS r=2 α=0.6", "split: 60% at 1/2"),
-    ("MyMRSS", "MyMRSS")])
-def test_designs_have_names_without_symbols(variant, words):
-    assert charts.design_name(variant) == words
-
-
 # Modes
 
 

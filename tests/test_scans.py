@@ -499,6 +499,12 @@ def test_recomputation_needs_less_memory(fast, definition, inputs):
 
 
 
+def one(given):
+    """The first token of a scan's inputs."""
+    x, delta, A, B, C = given
+    return x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0]
+
+
 @pytest.mark.parametrize("call,words", [
     (lambda: s6(torch.ones(2, 3), *random_s6(5)[1:]), "x.shape"),
     (lambda: s6(*(v[:, :0] if v.dim() == 3 else v for v in random_s6(5))), "x.shape"),
@@ -523,6 +529,41 @@ def test_recomputation_needs_less_memory(fast, definition, inputs):
     (lambda: MambaBlock(16, states=0), "states=0"),
     (lambda: s6(*random_s6(5), torch.zeros(2, 6, 5)), r"state.shape=\(2, 6, 5\).*\(2, 5, 6\)"),
     (lambda: ssd(*random_ssd(5), torch.zeros(2, 4, 6, 5)), r"state.shape.*\(2, 2, 6, 2, 5\)"),
+    (lambda: ssd_step(*one(random_ssd(5)), None), r"state=None.*\(2, 2, 6, 2, 5\)"),
+    (lambda: ssd_step(*one(random_ssd(5)), 0.0), "state=0.0"),
+    (lambda: ssd_step(*one(random_ssd(5)), torch.zeros(1)), r"state=\(\(1,\)"),
+    (lambda: ssd_step(*one(random_ssd(5)), torch.zeros(2, 4, 6, 5)), r"state=.*\(2, 2, 6, 2, 5\)"),
+    (lambda: ssd_step(*one(random_ssd(5)), torch.zeros(2, 2, 6, 2, 5).long()), "state=.*int64"),
+    (lambda: s6_step(*one(random_s6(5)), None), r"state=None.*\(2, 5, 6\)"),
+    (lambda: s6_step(*one(random_s6(5)), torch.zeros(2, 6, 5)), r"state=.*\(2, 5, 6\)"),
+    (lambda: s6_sequential(*random_s6(5), torch.zeros(1)), r"state=.*\(2, 5, 6\)"),
+    (lambda: ssd_sequential(*random_ssd(5), 3), "state='int'"),
+    (lambda: ssd_sequential(None, *random_ssd(5)[1:]), "x='NoneType'"),
+    (lambda: ssd_sequential(random_ssd(5)[0], *random_ssd(4)[1:]), "delta, B, C="),
+    (lambda: ssd_minimal(*random_ssd(5), torch.zeros(2, 2, 6, 2, 5)), "state='given'.*ssd"),
+    (lambda: ssd_minimal(*random_ssd(5), chunk=0), "chunk=0"),
+    (lambda: Mamba2Block(16, 4, 8).step(torch.ones(3, 16), 3), "state='int'"),
+    (lambda: Mamba2Block(16, 4, 8).step(torch.ones(3, 16), (torch.zeros(3, 3, 64), None)), "state=None"),
+    (lambda: Mamba2Block(16, 4, 8).step(torch.ones(3, 16), (torch.zeros(3, 4, 64), None)), r"state=.*\(3, 3, 64\)"),
+    (lambda: Mamba2Block(16, 4, 8).step(torch.ones(3, 1, 16)), r"x.shape=\(3, 1, 16\)"),
+    (lambda: MambaBlock(16)(torch.ones(3, 16)), r"x.shape=\(3, 16\)"),
+    (lambda: MambaBlock(16)(torch.ones(3, 4, 16), torch.zeros(2)), "state='Tensor'"),
+    (lambda: MambaBlock("a"), "width='a'"),
+    (lambda: MambaBlock(16, expand="a"), "expand='a'"),
+    (lambda: MambaBlock(16, rank=0), "rank=0"),
+    (lambda: MambaBlock(16, chunk=0), "chunk=0"),
+    (lambda: Mamba2Block(16, chunk=0), "chunk=0"),
+    (lambda: Mamba2Block(16, rate="a"), "rate='a'"),
+    (lambda: Mamba2Block(16, delta_limit=3), "delta_limit=3"),
+    (lambda: AttentionLayer(0, 1), "width=0"),
+    (lambda: AttentionLayer(16, 4).step(torch.ones(3, 16), None, 0), "cache='NoneType'"),
+    (lambda: AttentionLayer(16, 4).step(torch.ones(3, 16), torch.zeros(2, 3, 4, 5, 4), 5), "t=5.*0 to 4"),
+    (lambda: AttentionLayer(16, 4).step(torch.ones(3, 16), torch.zeros(2, 3, 4, 5, 4), -1), "t=-1"),
+    (lambda: MambaLM(0, 16, []), "vocabulary=0"),
+    (lambda: MambaLM(9, 16, [3]), "mixers=.'int'."),
+    (lambda: MambaLM(9, 16, [], positions=-1), "positions=-1"),
+    (lambda: MambaLM(9, 16, [MambaBlock(16)])(torch.ones(1, 3)), "ids=.*float32"),
+    (lambda: MambaLM(9, 16, [MambaBlock(16)]).step(torch.zeros(2, 1).long()), r"ids=\(\(2, 1\)"),
     (lambda: AttentionLayer(10, 4), "heads=4"),
     (lambda: AttentionLayer(16, 4)(torch.ones(1, 2, 16), "cache"), "state"),
     (lambda: MambaLM(10, 16, [MambaBlock(16)]).generate(torch.zeros(1, 3, dtype=torch.long), -1), "tokens=-1"),

@@ -1,5 +1,6 @@
 """Reducers that select tokens: scores, places, the rest, the field's methods, budgets; on CLIP, SigLIP and ViT towers."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import transformers
 
 from effarch.bench import count_flops
 from effarch.clip.towers import make_tower
+from effarch.token_reduction import token_reduction
 from effarch.token_reduction.encoder import (
     InputPruning,
     Reducer,
@@ -377,6 +379,43 @@ def test_unreachable_budgets_and_wrong_ones_are_refused(clip):
     for budget in (0, -1, 1.5, "half", True, None, float("nan")):
         with pytest.raises(ValueError, match="budget"):
             reducer_for_budget("vtp", budget, clip)
+
+
+@pytest.mark.parametrize("name, option, value", [
+    ("tome", "optoin", 3), ("tome", "r", 3), ("tome", "keep", 0.5), ("ours", "keep", 0.5), ("random", "seeds", 1), ("cls_merge", "near", 3), ("diffrate", "shape", 1)])
+def test_an_option_that_a_method_does_not_have_is_one_line(clip, name, option, value):
+    for use in (lambda: reducer_for_budget(name, 0.5, clip, **{option: value}), token_reduction(clip, name, budget=0.5, **{option: value}).__enter__):
+        with pytest.raises(ValueError, match=f"{option}={value} is not allowed; allowed: options of '{name}': .*cls_only_last.*image_size"):
+            use()
+
+
+@pytest.mark.parametrize("name, option, value", [
+    ("tome", "size_bias", -3), ("ours", "size_bias", float("nan")), ("pitome", "size_bias", "no"), ("tome", "size_bias", None), ("ours", "shape", "x"),
+    ("random", "seed", "a"), ("cluster", "seed", -1), ("cluster", "anchors", 0), ("prumerge", "near", 0), ("cls_drop", "layers", "a"), ("cls_drop", "layers", (1.5,)),
+    ("cls_drop", "seed", 0.5), ("vtp_learned", "offset", 3), ("tome", "cls_only_last", "no"), ("ours", "patch_tokens", "no"), ("ours", "patch_tokens", 0)])
+def test_what_an_option_cannot_be_is_one_line(clip, name, option, value):
+    with pytest.raises(ValueError, match=f"^{option}=.* is not allowed; allowed: ") as error:
+        token_reduction(clip, name, budget=0.5, **{option: value}).__enter__()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reducer_says_which_share_it_takes(clip, name):
+    for budget in (0.6, 1.0):
+        reducer = reducer_for_budget(name, budget, clip)
+        assert reducer.macs_share == encoder_macs(clip, reducer) / encoder_macs(clip) <= budget
+
+
+def test_a_budget_that_a_shallow_tower_jumps_over_is_told_once_and_any_other_is_not():
+    shallow = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**SHAPE | dict(num_hidden_layers=4))).eval()
+    share = reducer_for_budget("ours", 0.6, shallow).macs_share
+    assert share < 0.57 and reducer_for_budget("tome", 0.6, shallow).macs_share > 0.58
+    for name, budget, words in (("ours", 0.6, f"'ours' takes {share:.3f} of the dense multiply-adds for budget=0.6"), ("tome", 0.6, ""), ("ours", 1.0, ""), ("ours", 0.95, "")):
+        with warnings.catch_warnings(record=True) as found, torch.no_grad():
+            warnings.simplefilter("always")
+            with token_reduction(shallow, name, budget=budget):
+                shallow(pictures()), shallow(pictures())
+        assert len(found) == bool(words) and all(words in str(one.message) for one in found), (name, budget)
 
 
 @pytest.mark.parametrize("name, strength, options", [

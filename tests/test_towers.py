@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -954,6 +955,113 @@ def test_modules_that_are_replaced_inside_are_refused_not_left_out(clip, pixels)
     attention.q_proj = torch.nn.Sequential(attention.q_proj)
     with token_reduction(clip, Reducer()):
         close(clip.get_image_features(pixel_values=pixels).pooler_output, outside.pooler_output)
+
+
+def without_last(layers):
+    del layers[-1]
+
+
+@pytest.mark.parametrize("change", [
+    lambda tower: setattr(tower.encoder, "layers", torch.nn.ModuleList(list(tower.encoder.layers)[:2])),
+    lambda tower: setattr(tower, "encoder", copy.deepcopy(tower.encoder)), lambda tower: tower.encoder.layers.append(copy.deepcopy(tower.encoder.layers[0])),
+    lambda tower: tower.encoder.layers.insert(0, tower.encoder.layers[1]), lambda tower: without_last(tower.encoder.layers),
+    lambda tower: tower.encoder.layers.__setitem__(1, tower.encoder.layers[0]), lambda tower: setattr(tower, "post_layernorm", torch.nn.Identity())])
+def test_containers_of_layers_that_change_inside_are_refused(clip, pixels, change):
+    with token_reduction(clip, Reducer()):
+        whole_call(clip, pixels)
+        change(clip.vision_model)
+        with pytest.raises(ValueError, match="modules replaced=.*would not be called") as error:
+            whole_call(clip, pixels)
+        one_line(error)
+
+
+def test_a_projection_whose_weight_is_read_cannot_be_replaced_inside(pixels):
+    model = build("BLIP")
+    attention = find_vision_module(model)[0].encoder.layers[1].self_attn
+    with token_reduction(model, Reducer()):
+        attention.qkv = copy.deepcopy(attention.qkv)
+        with pytest.raises(ValueError, match="modules replaced=.'qkv'"):
+            whole_call(model, pixels)
+
+
+def test_layers_called_one_by_one_are_refused_and_are_what_they_were_afterwards(model, pixels):
+    tower = make_tower(model)
+    parts = [part for block in tower.blocks for part in (block.layer, *block.attentions())]
+    before = [vars(part).get("forward") for part in parts]
+    with token_reduction(model, Reducer()):
+        for part in parts:
+            with pytest.raises(ValueError, match="call of='.*[0-9].*' is not allowed; allowed: the whole model or its vision tower") as error:
+                part(torch.zeros(1, 5, tower.patch.out_channels))
+            one_line(error)
+        whole_call(copy.deepcopy(model), pixels)
+    assert [vars(part).get("forward") for part in parts] == before
+
+
+def test_a_loop_of_ones_own_inside_is_an_error_also_if_a_layer_is_compiled(clip, pixels):
+    vision, loop = clip.vision_model, lambda x: [x := layer(x, attention_mask=None) for layer in vision.encoder.layers][-1]
+    vision.encoder.layers[0].compile(backend="eager")
+    vision.encoder.layers[1] = torch.compile(vision.encoder.layers[1], backend="eager")
+    before = loop(vision.embeddings(pixels))
+    for calls in (lambda: loop(vision.embeddings(pixels)), lambda: vision.encoder(inputs_embeds=vision.embeddings(pixels))):
+        with token_reduction(clip, "ours", budget=0.6), pytest.raises(ValueError, match="call of='encoder.layers.0"):
+            calls()
+    assert torch.equal(loop(vision.embeddings(pixels)), before)
+
+
+def broken(clip, pixels):
+    with pytest.raises(ValueError):
+        clip.vision_model(pixels, output_attentions=True)
+
+
+def replaced_whole(clip, pixels):
+    whole_call(clip, pixels)
+    clip.vision_model = copy.deepcopy(clip.vision_model)
+
+
+@pytest.mark.parametrize("inside, said", [
+    (lambda clip, x: None, "no forward was reduced"), (lambda clip, x: clip.vision_model.embeddings(x), "no forward was reduced"),
+    (encode_images, "no forward was reduced"), (lambda clip, x: whole_call(copy.deepcopy(clip), x), "no forward was reduced"),
+    (replaced_whole, "the vision tower was replaced"), (whole_call, None), (broken, None)])
+def test_a_block_in_which_nothing_was_reduced_says_so(clip, pixels, inside, said):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with token_reduction(clip, "ours", budget=0.6):
+            inside(clip, pixels)
+    found = [str(one.message) for one in found if "token_reduction" in str(one.message)]
+    assert len(found) == (said is not None) and all(said in words and "CLIPModel" in words and "\n" not in words for words in found)
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_nothing_had_to_be_reduced_or_the_block_raised_nothing_is_said(clip, pixels):
+    for arguments in (("ours", 1.0), ("tome", 1), ("ours", 0.99), (InputPruning(1.0),), (Reducer(),)):
+        with token_reduction(clip, *arguments):
+            pass
+    with pytest.raises(ZeroDivisionError), token_reduction(clip, "ours", 0.6):
+        raise ZeroDivisionError
+    with token_reduction(clip, InputPruning(0.5)), token_reduction(clip, InputPruning(0.3)):  # the inner one is called
+        whole_call(clip, pixels)
+
+
+TOLD = [("is_causal", True), ("sliding_window", 4), ("num_key_value_groups", 3), ("sinks", torch.zeros(3)), ("scaling", torch.ones(1)), ("scale", 1)]
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP", "BLIP", "ViT", "DINOv2", "DINOv3", "timm's ViT", "EVA-02-CLIP", "OpenCLIP"])
+def test_attention_that_is_told_something_else_is_refused_before_and_inside(name, pixels):
+    model = build(name)
+    attention = make_tower(model).blocks[1].attentions()[-1]
+    for setting, value in [*TOLD, *([("num_prefix_tokens", 0)] if name == "EVA-02-CLIP" else [])]:
+        before = vars(attention).get(setting, "none")
+        tell = lambda value, setting=setting: delattr(attention, setting) if isinstance(value, str) else setattr(attention, setting, value)
+        with token_reduction(model, Reducer()):
+            whole_call(model, pixels)
+            tell(value)
+            with pytest.raises(TypeError, match=f"layer 1 with {setting}=.* is not supported; supported: ") as error:
+                whole_call(model, pixels)
+        one_line(error)
+        with pytest.raises(TypeError, match=f"layer 1 with {setting}="):
+            encode_images(model, pixels)
+        tell(before)
+        assert encode_images(model, pixels).isfinite().all()
 
 
 def test_a_part_that_stands_in_for_an_attention_is_one_clear_line(clip, pixels):

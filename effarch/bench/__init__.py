@@ -9,6 +9,7 @@ from effarch.bench.figures import (
     MARKERS,
     PALETTE,
     STYLE,
+    in_words,
     interval_bars,
     pareto_front,
     power_ticks,
@@ -47,7 +48,7 @@ from effarch.checks import verify
 
 __all__ = [
     "NOT_SUPPORTED", "SUPPORTED", "UNDECIDED", "UNTESTABLE", "Claims", "statements", "together",
-    "LINES", "MARKERS", "PALETTE", "STYLE", "interval_bars", "pareto_front", "power_ticks", "save_figure", "series_style",
+    "LINES", "MARKERS", "PALETTE", "STYLE", "in_words", "interval_bars", "pareto_front", "power_ticks", "save_figure", "series_style",
     "Estimate", "bootstrap_mean", "decide", "fit_loglog", "known_to", "ratio_interval", "redrawn", "seed_ratio", "t_interval",
     "wilson", "with_interval", "Run", "start", "choice", "count", "listing", "number", "share", "text", "Table", "read_csv",
     "value_of", "write_csv", "attempt", "ceilings", "compare", "count_flops", "half_type", "limit_ms", "one_pass", "peak_memory", "synchronize", "tensor_bytes", "verify",

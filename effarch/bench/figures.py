@@ -2,7 +2,9 @@
 
 import io
 import math
+import re
 import textwrap
+from fractions import Fraction
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,6 +26,15 @@ STYLE = {
 def series_style(i):
     """Colour, marker and line style of series number i: told apart without colour, too. From the ninth on they are grey."""
     return dict(color=PALETTE[i] if i < 8 else "#999999", marker=MARKERS[i % 8], linestyle=LINES[i // 2 % 4])
+
+
+def in_words(name):
+    """What pictures say for a layer's name: 'MRSS r=4' is 'MRSS at 1/4', 'SplitMRSS r=8 α=0.875' is 'SplitMRSS: 7/8 at 1/8', and
+    'SplitMRSS α=0.5' is 'SplitMRSS: 1/2 slow'."""
+    share = lambda text: Fraction(text).limit_denominator(16)
+    name = re.sub(r" r=(\d+) α=([\d.]+)", lambda found: f": {share(found[2])} at 1/{found[1]}", name)
+    name = re.sub(r" α=([\d.]+)", lambda found: f": {share(found[1])} slow", name)
+    return re.sub(r" r=(\d+)", r" at 1/\1", name)
 
 
 def power_ticks(axis, values):

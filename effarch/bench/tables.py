@@ -10,7 +10,7 @@ import pandas as pd
 
 from effarch.bench.intervals import UNKNOWN, Estimate, ratio_interval, with_interval
 from effarch.bench.run import cells_fingerprint, code_fingerprint, label, write_atomically
-from effarch.bench.timing import compare, summary
+from effarch.bench.timing import check_cases, compare, summary
 from effarch.checks import check, is_number
 
 # kept for as long as this process lives: a second run on the same files is refused, a dead one frees them
@@ -207,6 +207,7 @@ class Table:
         name: the column that holds a case's name; common: further columns of all rows, the other key columns among
         them. ratios: {column: case}, time over that case's; speedups: {column: case}, that case's time over it; both
         with intervals. describe: name → further columns of a row that is ok. Already there: nothing is measured."""
+        check_cases(cases)
         missing = [k for k in self.key if k not in common and k != name]
         check(name in self.key and not missing, "key", self.key, f"{name!r} and the columns given; missing: {missing}")
         columns = [*((column, reference, False) for column, reference in (ratios or {}).items()),
@@ -285,9 +286,20 @@ def rows_of(path):
     for column in table.select_dtypes("float"):
         if table[column].isna().any() and (table[column].dropna() % 1 == 0).all():
             table[column] = table[column].astype("Int64").astype(object).where(table[column].notna(), math.nan)
-    return [{k: json.loads(v) if isinstance(v, str) and v[:1] + v[-1:] == "[]" else v for k, v in row.items()
+    return [{k: from_text(v) if isinstance(v, str) else v for k, v in row.items()
              if k in numbers or not pd.isna(v)} | {k: "" for k in TEXT if k in row and pd.isna(row[k])}
             for row in table.astype(object).to_dict("records")]
+
+
+def from_text(cell):
+    """What was written as this text: a list, a float that stands among words, or the text itself."""
+    if cell[:1] + cell[-1:] == "[]":
+        return json.loads(cell)
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell
+    return value if math.isfinite(value) and str(value) == cell else cell
 
 
 def spelled(value):

@@ -1,7 +1,10 @@
 """Time, memory and FLOPs of callables, compared fairly: one process, same input, interleaved rounds."""
 
 import ctypes
+import inspect
+import math
 import time
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from effarch.bench.intervals import ratio_interval
-from effarch.checks import check, is_count
+from effarch.checks import check, is_count, is_number
 
 WIDTH = 0.05  # a ratio is known well enough when its 95 % interval is within ± this share of it
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -50,6 +53,26 @@ def finite(out):
     return all(map(finite, parts))
 
 
+LAZY = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+WORKS = "functions that do their work when they are called, as lambda: list(numbers()) does for a generator function"
+
+
+def check_works(fn, name="fn"):
+    """ValueError unless `fn` can be called and does its work then: a generator or coroutine function only makes an object."""
+    check(callable(fn), name, type(fn).__name__, WORKS)
+    lazy = any(kind(part) for kind in LAZY for part in (fn, type(fn).__call__))
+    check(not lazy, name, "a generator or coroutine function", WORKS)
+
+
+def check_done(out, name="fn"):
+    """ValueError for a result whose work is still to be done, a generator, another iterator, a coroutine or a future; returns it."""
+    waits = isinstance(out, (Iterator, Awaitable, AsyncIterator)) or hasattr(out, "add_done_callback")
+    if waits and inspect.iscoroutine(out):
+        out.close()  # else Python warns that nobody awaited it
+    check(not waits, name, f"a function that returns a {type(out).__name__}", WORKS)
+    return out
+
+
 def status_of(error):
     """'oom' or 'error: …' for an exception that a measured callable raised."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -77,14 +100,17 @@ def one_pass(model, x, kind="forward"):
     return forward if kind == "forward" else training
 
 
-def attempt(fn, device):
-    """Run once. 'ok', 'oom', 'nan' (a non-finite output) or 'error: …': a fault is a row, not a crash."""
+def attempt(fn, device, name="fn"):
+    """Run once. 'ok', 'oom', 'nan' (a non-finite output) or 'error: …': a fault is a row, not a crash. ValueError for what has not
+    done its work (see `check_done`)."""
     try:
         out = fn()
         synchronize(device)
-        return "ok" if finite(out) else "nan"
+        status = "ok" if finite(out) else "nan"
     except Exception as error:
         return status_of(error)
+    check_done(out, name)
+    return status
 
 
 def checkpoints(least, most):
@@ -96,17 +122,29 @@ def checkpoints(least, most):
     yield most
 
 
+def check_cases(cases):
+    """ValueError unless `cases` are what `compare` takes: {name: function without arguments that does its work when it is called}."""
+    check(isinstance(cases, Mapping), "cases", type(cases).__name__, "a dict {name: function without arguments}")
+    for name, fn in cases.items():
+        check_works(fn, f"cases[{name!r}]")
+
+
 def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=None, width=WIDTH, clock=time.perf_counter):
     """Time several callables against each other, until their ratios are known or the time is used.
 
-    cases: {name: callable without arguments}. Every case is warmed up, then each round calls all of them once, in a new
-    random order, so that slow drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops
-    when the 95 % interval of every case's time over that of `against` (a case or a list of cases; default: the first) is
-    within ±`width`, after 200 rounds, or when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than
+    cases: {name: callable without arguments}; it has to do its work when it is called: generators, coroutines and futures are a
+    ValueError. Every case is warmed up (at least once), then each round calls all of them once, in a new random order, so that slow
+    drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops when the 95 % interval of every case's
+    time over that of `against` (a case or a list of cases; default: the first) is within ±`width`, after 200 rounds, or when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than
     `seconds`). The rule looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
 
     Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
-    interval was still wider when the time was used). A failed case, such as one whose output is not finite, keeps its `status` and has no times."""
+    interval was still wider when the time was used). A failed case, such as one whose output is not finite in the warm-up or after
+    the rounds, keeps its `status` and has no times."""
+    check_cases(cases)
+    check(is_number(seconds) and seconds >= 0 or seconds == math.inf, "seconds", seconds, "a number of at least 0")
+    check(is_number(width) and width > 0, "width", width, "a number above 0")
+    check(is_count(warmup, 0), "warmup", warmup, "a whole number of at least 0")
     check(rounds is None or is_count(rounds), "rounds", rounds, "None or a whole number of at least 1")
     chosen = lambda: torch.device(device or ("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"))
     check(chosen().type in ("cpu", "cuda", "mps"), "device", device, "cpu, cuda, mps: what others have queued would not be waited for")
@@ -118,7 +156,7 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     for name, fn in cases.items():
         status = "ok"
         for _ in range(max(warmup, 1)):
-            status = attempt(fn, chosen()) if status == "ok" else status
+            status = attempt(fn, chosen(), f"cases[{name!r}]") if status == "ok" else status
         rows[name] = dict(status=status, raw_ms=[])
         if status == "oom" and chosen().type == "cuda":
             torch.cuda.empty_cache()
@@ -145,7 +183,10 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
                 over and done >= (3 if a_round > seconds else LEAST_ROUNDS)):
             break
     for name, row in rows.items():
-        if row["status"] == "ok":
+        # once more, untimed: a look at every result would stand between the timed calls
+        if row["status"] == "ok" and (status := attempt(cases[name], device, f"cases[{name!r}]")) != "ok":
+            rows[name] = dict(status=status, raw_ms=[])
+        elif row["status"] == "ok":
             row.update(n_warmup=max(warmup, 1), timer="cuda_event" if device.type == "cuda" else "perf_counter",
                        noisy=name in wide, **summary(row["raw_ms"]))
     if wide:
@@ -222,17 +263,18 @@ def peak_memory(fn, device, resident=()):
 
     The same definition on both devices, so other live tensors never count. On a CPU the profiler's
     allocation records are added up; memory that a library takes outside PyTorch's allocator is not seen."""
+    check_works(fn)
     base, device = tensor_bytes(resident), torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        fn()
+        check_done(fn())
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before + base) / 2**20, "cuda_max_allocated"
     cpu = torch.profiler.ProfilerActivity.CPU
     with large_tensors_apart(), torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
-        fn()
+        check_done(fn())
     records = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(records, key=lambda e: e.start_ns())]
     return float(max(np.cumsum([0, *changes])) + base) / 2**20, "cpu_live_tensors"
@@ -241,6 +283,7 @@ def peak_memory(fn, device, resident=()):
 def count_flops(fn):
     """FLOPs of one call as PyTorch's counter sees them: matmuls, attention and convolutions, 2 per multiply-add. In a backward
     pass the counter takes a grouped convolution for a dense one."""
+    check_works(fn)
     # it knows no fused attention on a CPU, none whose heads of queries share one of keys, and not nn.MultiheadAttention's own kernel
     each = lambda q, *shared: [(*s[:-3], q[-3], *s[-2:]) for s in shared]  # shapes, as if keys and values were repeated
     fused = [f"_scaled_dot_product_{kind}" for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]
@@ -250,7 +293,7 @@ def count_flops(fn):
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False, custom_mapping=known) as counter:
-            fn()
+            check_done(fn())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effarch.checks import check, check_count, is_count
-from effarch.scans.scan import readable, s6, s6_step, ssd, ssd_step
+from effarch.checks import check, check_count, is_count, is_number
+from effarch.scans.scan import check_state, readable, s6, s6_step, ssd, ssd_step
 
 
 def causal_conv(x, weight, bias, state=None, act=F.silu, lengths=None):
@@ -16,6 +16,8 @@ def causal_conv(x, weight, bias, state=None, act=F.silu, lengths=None):
 
     Returns the output (B, T, D) and the new state, the last inputs (of the first lengths[b] tokens of row b)."""
     length, taps, weight = x.shape[1], weight.shape[-1], weight.to(x.dtype)
+    if state is not None:
+        check_state(state, len(x), taps - 1, x.shape[2])
     x = torch.cat([x.new_zeros(len(x), taps - 1, x.shape[2]) if state is None else state.to(x.dtype), x], 1)
     y = x[:, :length] * weight[:, 0, 0] + (0 if bias is None else bias.to(x.dtype))
     for k in range(1, taps):
@@ -32,6 +34,23 @@ def inverse_softplus_uniform(n, low=1e-3, high=1e-1):
     return delta + torch.log(-torch.expm1(-delta))
 
 
+def check_ids(ids, shape):
+    """ValueError unless ids are numbers of tokens, (B, T) or (B,) as the shape says; returns them."""
+    told = (tuple(ids.shape), ids.dtype) if isinstance(ids, torch.Tensor) else type(ids).__name__
+    whole = isinstance(ids, torch.Tensor) and ids.dim() == {"(B,)": 1, "(B, T)": 2}[shape] and ids.dtype in (torch.int32, torch.int64)
+    check(whole, "ids", told, f"whole numbers {shape}")
+    return ids
+
+
+def check_sizes(vocabulary, width, mixers, positions):
+    """ValueError unless a language model can be made of them; returns the mixers."""
+    for name, value, least in (("vocabulary", vocabulary, 1), ("width", width, 1), ("positions", positions, 0)):
+        check_count(value, name, least)
+    wrong = [type(mixer).__name__ for mixer in mixers if not isinstance(mixer, nn.Module)]
+    check(not wrong, "mixers", wrong, "modules, such as Mamba2Block(width)")
+    return mixers
+
+
 def check_lengths(lengths, batch, length):
     """ValueError unless `lengths` is None or (batch,), whole numbers from 0 to `length`."""
     if lengths is None:
@@ -43,6 +62,11 @@ def check_lengths(lengths, batch, length):
         check(False, "lengths", lengths.tolist(), f"0 to {length}, the tokens of x")
 
 
+def check_pair(state):
+    """ValueError unless `state` is what a block returns to go on from."""
+    check(isinstance(state, (tuple, list)) and len(state) == 2, "state", type(state).__name__, "None, or (last inputs of the convolution, h) as the block returns it")
+
+
 class ScanBlock(nn.Module):
     """What both Mamba blocks share. State: (last inputs of the convolution, h). Parameters named in `exact` stay in
     float32 when a model is cast below it: a decay rounded to 8 bits is another memory a hundred tokens later."""
@@ -51,17 +75,21 @@ class ScanBlock(nn.Module):
         """x (B, T, width) → (y (B, T, width), state), going on from `state` if there is one.
 
         lengths (B,): the tokens of each row that count; what follows is padding and leaves the state as it is."""
+        check(x.dim() == 3, "x.shape", tuple(x.shape), "(B, T, width)")
         check_lengths(lengths, *x.shape[:2])
-        conv_state, h = state or (None, None)
+        check_pair(state := (None, None) if state is None else state)
+        conv_state, h = state
         inputs, gate, conv_state = self.scan_inputs(x, conv_state, lengths)
         y, h = self.scan(*inputs, h, chunk=self.chunk)
         return self.finish(y, inputs[0], gate), (conv_state, h)
 
     def step(self, x, state=None):
         """One token: x (B, width) and the state → (y (B, width), state)."""
+        check(x.dim() == 2, "x.shape", tuple(x.shape), "(B, width), one token of each row")
         if state is None:
             y, state = self(x[:, None])
             return y[:, 0], state
+        check_pair(state)
         (u, delta, A, B, C), gate, conv_state = self.scan_inputs(x[:, None], state[0])
         y, h = self.scan_step(u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], state[1])
         return self.finish(y, u[:, 0], gate[:, 0]), (conv_state, h)
@@ -90,8 +118,10 @@ class MambaBlock(ScanBlock):
 
     def __init__(self, width, states=16, expand=2, taps=4, rank=None, bias=False, conv_bias=True, chunk=32, act=F.silu):
         super().__init__()
-        inner, rank = round(expand * width), rank or -(-width // 16)
-        for name, value in dict(width=width, states=states, expand=inner, taps=taps, rank=rank).items():
+        check_count(width, "width")
+        check(is_number(expand), "expand", expand, "a number above 0")
+        inner, rank = round(expand * width), -(-width // 16) if rank is None else rank
+        for name, value in dict(chunk=chunk, width=width, states=states, expand=inner, taps=taps, rank=rank).items():
             check_count(value, name)
         self.sizes, self.chunk, self.act = (rank, states, states), chunk, act
         self.in_proj = nn.Linear(width, 2 * inner, bias=bias)
@@ -129,7 +159,9 @@ class Mamba2Block(ScanBlock):
         for name, value in dict(width=width, heads=heads, head_width=head_width, states=states, taps=taps).items():
             check_count(value, name)
         check(is_count(groups) and heads % groups == 0, "groups", groups, f"a divisor of heads={heads}")
-        check(rate > 0, "rate", rate, "a number above 0")
+        check(is_number(rate) and rate > 0, "rate", rate, "a number above 0")
+        check(chunk is None or is_count(chunk), "chunk", chunk, "None or a whole number of at least 1")
+        check(isinstance(delta_limit, (tuple, list)) and len(delta_limit) == 2, "delta_limit", delta_limit, "a pair (least, most) of numbers")
         inner, mixed = heads * head_width, heads * head_width + 2 * groups * states
         self.by_head, self.chunk, self.act, self.rate, self.delta_limit = (heads, groups, groups), chunk, act, rate, delta_limit
         self.sizes, self.mixed_sizes = (inner, mixed, heads), (inner, groups * states, groups * states)
@@ -161,7 +193,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        check(is_count(heads) and width % heads == 0, "heads", heads, f"a divisor of width={width}")
+        check(is_count(heads) and check_count(width, "width") % heads == 0, "heads", heads, f"a divisor of width={width}")
         self.heads = heads
         self.qkv, self.out_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
@@ -176,6 +208,8 @@ class AttentionLayer(nn.Module):
 
     def step(self, x, cache, t):
         """Token t, x (B, width); cache (2, B, heads, ≥ t + 1, head width), written in place. Returns y (B, width)."""
+        check(isinstance(cache, torch.Tensor) and cache.dim() == 5, "cache", getattr(cache, "shape", type(cache).__name__), "a tensor (2, B, heads, T, head width)")
+        check(is_count(t, 0) and t < cache.shape[3], "t", t, f"a whole number from 0 to {cache.shape[3] - 1}, the last place of the cache")
         q, k, v = self.split(x[:, None])
         cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
         y = F.scaled_dot_product_attention(q, cache[0, :, :, :t + 1], cache[1, :, :, :t + 1])
@@ -206,8 +240,8 @@ class MambaLM(nn.Module):
 
     def __init__(self, vocabulary, width, mixers, eps=1e-5, positions=0, residual_in_fp32=False):
         super().__init__()
-        self.residual_in_fp32 = residual_in_fp32
-        self.embeddings = nn.Embedding(vocabulary, width)
+        mixers = check_sizes(vocabulary, width, list(mixers), positions)
+        self.residual_in_fp32, self.embeddings = residual_in_fp32, nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.02 * torch.randn(positions, width)) if positions else None
         self.layers = nn.ModuleList(nn.ModuleDict(dict(norm=nn.RMSNorm(width, eps=eps), mixer=m)) for m in mixers)
         self.norm_f = nn.RMSNorm(width, eps=eps)
@@ -224,7 +258,7 @@ class MambaLM(nn.Module):
         return self.lm_head(normed(self.norm_f)), after
 
     def forward(self, ids, states=None):
-        x = self.embeddings(ids)
+        x = self.embeddings(check_ids(ids, "(B, T)"))
         if self.positions is not None:
             check(states is None, "states", "given", "None, since this model has learned positions")
             check(ids.shape[1] <= len(self.positions), "ids.shape", tuple(ids.shape), f"(B, T) with T ≤ {len(self.positions)}, the positions")
@@ -236,7 +270,7 @@ class MambaLM(nn.Module):
         check(self.positions is None, "positions", "learned", "0 (none), for one token at a time")
         stuck = any(isinstance(layer["mixer"], AttentionLayer) for layer in self.layers)
         check(not stuck, "mixers", "AttentionLayer", "mixers with a state, for one token at a time: attention steps from a cache of its own")
-        return self._through(lambda mixer: mixer.step, self.embeddings(ids), states)
+        return self._through(lambda mixer: mixer.step, self.embeddings(check_ids(ids, "(B,)")), states)
 
     @torch.no_grad()
     def generate(self, ids, tokens):

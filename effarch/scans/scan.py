@@ -17,15 +17,27 @@ def no_autocast(x):
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def check_tensors(**given):
+    """ValueError unless all are tensors of floating-point numbers."""
+    for name, v in given.items():
+        real = isinstance(v, torch.Tensor) and v.is_floating_point()
+        check(real, name, getattr(v, "dtype", type(v).__name__), "a tensor of floating-point numbers")
+
+
+def check_state(state, *shape):
+    """ValueError unless the state that a step goes on from is a tensor of this shape; short, since every token pays for it."""
+    if not isinstance(state, torch.Tensor) or state.shape != shape or not state.is_floating_point():
+        told = (tuple(state.shape), state.dtype) if isinstance(state, torch.Tensor) else state
+        check(False, "state", told, f"a tensor {shape} of floating-point numbers")
+
+
 def at_least_float32(scan):
     """Decorate scan(x, delta, A, B, C, state=None, …) → (y, state): all is computed in the inputs' common type, float32
     at least, also under autocast, as half precision is not enough for products of many decays. y has x's type."""
     @functools.wraps(scan)
     def wrapped(x, delta, A, B, C, state=None, **options):
         given = [x, delta, A, B, C] if state is None else [x, delta, A, B, C, state]
-        for name, v in zip(("x", "delta", "A", "B", "C", "state"), given, strict=False):
-            real = isinstance(v, torch.Tensor) and v.is_floating_point()
-            check(real, name, getattr(v, "dtype", type(v).__name__), "a tensor of floating-point numbers")
+        check_tensors(**dict(zip(("x", "delta", "A", "B", "C", "state"), given, strict=False)))
         kind = functools.reduce(torch.promote_types, {v.dtype for v in given}, torch.float32)
         with no_autocast(x):
             y, state = scan(*(v.to(kind) for v in given), **options)
@@ -33,9 +45,14 @@ def at_least_float32(scan):
     return wrapped
 
 
-def sequential(step, x, delta, A, B, C, state, dtype):
-    """A scan by its definition: `step` for one token after the other, computed in `dtype`. Returns (y, state)."""
-    outputs, state = [], state.to(dtype)
+def sequential(step, x, delta, A, B, C, state, dtype, empty):
+    """A scan by its definition: `step` for one token after the other, computed in `dtype`, from `state` or from what empty() makes.
+
+    Returns (y, state)."""
+    check_tensors(x=x, delta=delta, A=A, B=B, C=C, **({} if state is None else dict(state=state)))
+    check(x.shape[1] > 0 and delta.shape[:2] == B.shape[:2] == C.shape[:2] == x.shape[:2], "delta, B, C", [tuple(v.shape) for v in (delta, B, C)],
+          f"{tuple(x.shape[:2])}, batch and length of x, at first")
+    outputs, state = [], (empty() if state is None else state).to(dtype)
     x, delta, A, B, C = (v.to(dtype) for v in (x, delta, A, B, C))
     for t in range(x.shape[1]):
         y, state = step(x[:, t], delta[:, t], A, B[:, t], C[:, t], state)
@@ -47,6 +64,7 @@ def s6_step(x, delta, A, B, C, state):
     """One token of S6 (Gu & Dao 2023, arXiv 2312.00752, eq. 2): x, delta (B, D); A (D, N); B, C (B, N); state (B, N, D).
 
     Returns y (B, D) and the new state, computed in the state's type. The skip D·x is left to the block."""
+    check_state(state, len(x), *A.T.shape)
     kind, (x, delta, A, B, C) = x.dtype, (v.to(state.dtype) for v in (x, delta, A, B, C))
     state = torch.exp(delta[:, None] * A.T) * state + B[:, :, None] * (delta * x)[:, None]
     with no_autocast(x):
@@ -55,7 +73,7 @@ def s6_step(x, delta, A, B, C, state):
 
 def s6_sequential(x, delta, A, B, C, state=None, dtype=torch.float64):
     """S6, token by token: x, delta (B, T, D); A (D, N); B, C (B, T, N). Returns y (B, T, D) and state (B, N, D)."""
-    return sequential(s6_step, x, delta, A, B, C, x.new_zeros(len(x), *A.T.shape) if state is None else state, dtype)
+    return sequential(s6_step, x, delta, A, B, C, state, dtype, lambda: x.new_zeros(len(x), *A.T.shape))
 
 
 def readable(v):
@@ -151,6 +169,7 @@ def ssd_step(x, delta, A, B, C, state):
     """One token of SSD (Dao & Gu 2024, arXiv 2405.21060): x (B, H, P); delta (B, H); A (H,); B, C (B, G, N).
 
     Returns y (B, H, P) and the new state (B, G, N, H/G, P), computed in the state's type. Heads of a group share B_t, C_t."""
+    check_state(state, len(x), *B.shape[1:], x.shape[1] // B.shape[1], x.shape[2])
     kind, (x, delta, A, B, C) = x.dtype, (v.to(state.dtype) for v in (x, delta, A, B, C))
     by_group = lambda v: v.unflatten(1, (B.shape[1], 1, -1))  # b g 1 k …
     state = by_group(torch.exp(delta * A))[..., None] * state + B[..., None, None] * by_group(delta[..., None] * x)
@@ -165,7 +184,7 @@ def ssd_empty(x, B):
 
 def ssd_sequential(x, delta, A, B, C, state=None, dtype=torch.float64):
     """SSD, token by token: x (B, T, H, P); delta (B, T, H); A (H,); B, C (B, T, G, N). Returns (y, state)."""
-    return sequential(ssd_step, x, delta, A, B, C, ssd_empty(x, B) if state is None else state, dtype)
+    return sequential(ssd_step, x, delta, A, B, C, state, dtype, lambda: ssd_empty(x, B))
 
 
 def segment_sums(a):
@@ -176,8 +195,10 @@ def segment_sums(a):
 
 
 @at_least_float32
-def ssd_minimal(x, delta, A, B, C, chunk=64):
-    """SSD as the paper's four sums (Dao & Gu 2024, section 6), each of them one einsum. Returns (y, state); see `ssd`."""
+def ssd_minimal(x, delta, A, B, C, state=None, chunk=64):
+    """SSD as the paper's four sums (Dao & Gu 2024, section 6), each of them one einsum, from the zero state. Returns (y, state); see `ssd`."""
+    check(state is None, "state", "given", "None: `ssd` goes on from a state")
+    check_count(chunk, "chunk")
     X, a, B, C = (in_chunks(v, min(chunk, x.shape[1])) for v in (x * delta[..., None], delta * A, B, C))
     X, a = (v.unflatten(3, (B.shape[3], -1)) for v in (X, a))  # b c q g k …: heads k of group g
     a = a.permute(0, 3, 4, 1, 2)  # b g k c q

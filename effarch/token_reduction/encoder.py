@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from effarch.checks import check, check_share
+from effarch.checks import check, check_share, is_number
 from effarch.clip.towers import attend, find_vision_module, make_tower, project, sides_of, split_heads, wide
 
 
@@ -186,6 +186,12 @@ def check_keep(keep):
     return check_share(keep, "keep ratio")
 
 
+def check_size_bias(size_bias):
+    """Validate the weight of a token's log size on attention's logits, a number of at least 0."""
+    check(is_number(size_bias) and size_bias >= 0, "size_bias", size_bias, "a number of at least 0")
+    return size_bias
+
+
 def kept_count(keep, n):
     """Tokens that remain of n: rounded up, at least one."""
     return min(n, max(1, math.ceil(keep * n - 1e-9)))
@@ -245,6 +251,7 @@ class InputPruning(Reducer):
 
     def __init__(self, keep, rest="drop", offset=None, lowest=False):
         check(rest in ("drop", "mean", "learned"), "rest", rest, "drop, mean, learned")
+        check(offset is None or isinstance(offset, torch.Tensor), "offset", type(offset).__name__, "None or a tensor (D,)")
         self.keep, self.rest, self.offset, self.lowest = check_keep(keep), rest, offset, lowest
 
     def scores(self, tokens):
@@ -298,10 +305,10 @@ def fit_budget(make, limit, cost, steps=14):
     """The dearest reducer make(position) that costs at most `limit`, by bisection of position in [0, 1].
 
     make: position → reducer, dearer with position; cost: reducer → multiply-adds. ValueError if none fits."""
-    low, high, best = 0.0, 1.0, make(0.0)
+    low, high, best, whole = 0.0, 1.0, make(0.0), make(1.0)
     check(cost(best) <= limit, "budget in multiply-adds", limit, f"at least {cost(best)} for this method")
-    if cost(make(1.0)) <= limit:
-        return make(1.0)
+    if cost(whole) <= limit:
+        return whole
     for _ in range(steps):
         middle = (low + high) / 2
         reducer = make(middle)

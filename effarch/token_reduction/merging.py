@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from effarch.checks import check, is_number
 from effarch.clip.towers import wide
-from effarch.token_reduction.encoder import Reducer, check_keep, importance, take, track
+from effarch.token_reduction.encoder import Reducer, check_keep, check_size_bias, importance, take, track
 
 
 def merge_naive(tokens, kept, rest, target, keep_norm=False):
@@ -90,7 +90,7 @@ class MergeSimilar(Reducer):
 
     def __init__(self, r, cls_only_last=False, size_bias=1.0):
         check(is_number(r) and r >= 0, "r", r, "a finite number of at least 0")
-        self.r, self.cls_only_last, self.size_bias = r, cls_only_last, size_bias
+        self.r, self.cls_only_last, self.size_bias = r, cls_only_last, check_size_bias(size_bias)
 
     def merges(self, tokens):
         """How many tokens to merge in this layer; the roundings of a fractional r add up to the right total."""
@@ -174,9 +174,10 @@ class ProtectedMerging(MergeSimilar):
 
     def __init__(self, keep, shape=hump, every_layer=False, checkered=True, hidden=True, protect=True,
                  keep_norm=True, size_bias=0.85, cls_only_last=True):
+        check(callable(shape), "shape", shape, "a function (keep, depth) → shares, such as hump or straight")
         self.keep, self.shape, self.every_layer = check_keep(keep), shape, every_layer
         self.checkered, self.hidden, self.protect = checkered, hidden, protect
-        self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, size_bias, cls_only_last
+        self.keep_norm, self.size_bias, self.cls_only_last = keep_norm, check_size_bias(size_bias), cls_only_last
         self.left = {}  # what the shape says for a depth: it is solved for once, not in every layer
 
     def at_input(self, tokens):
@@ -215,7 +216,7 @@ class EnergyMerging(MergeSimilar):
     kind = "keep"
 
     def __init__(self, keep, cls_only_last=False, size_bias=1.0):
-        self.keep, self.cls_only_last, self.size_bias = check_keep(keep), cls_only_last, size_bias
+        self.keep, self.cls_only_last, self.size_bias = check_keep(keep), cls_only_last, check_size_bias(size_bias)
 
     def after_attention(self, tokens):
         n, p = tokens.x.shape[1] - tokens.prefix, tokens.prefix

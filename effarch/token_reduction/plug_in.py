@@ -1,6 +1,7 @@
 """Use a reducer through unmodified calls of transformers, timm and open_clip."""
 
 import math
+import warnings
 from contextlib import contextmanager
 from copy import copy
 
@@ -10,7 +11,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from effarch.checks import check
 from effarch.clip.towers import make_tower, sides_of
-from effarch.clip.towers.base import home_of, hooked, patched, refuse_attention
+from effarch.clip.towers.base import (
+    home_of,
+    hooked,
+    moved,
+    patched,
+    refuse_attention,
+    refuse_settings,
+    settings,
+)
 from effarch.token_reduction.encoder import (
     Reducer,
     continue_encoder,
@@ -23,6 +32,7 @@ from effarch.token_reduction.encoder import (
 # models of transformers that read the pooled output only, and those whose head reads the CLS token out of last_hidden_state
 READ_POOLED = {"CLIPModel", "CLIPVisionModelWithProjection", "SiglipModel"}
 READ_FIRST = {"ViTForImageClassification"}
+SHORT_OF_BUDGET = 0.02  # of the dense multiply-adds: where a method has no strength nearer to the budget, it is told
 NOT_INSIDE = ("output_attentions", "bool_masked_pos", "noise", "attention_mask", "head_mask")
 
 
@@ -48,14 +58,17 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     What works inside: `output_hidden_states=True` (every patch with its group's token; not with dropped patches; a budget holds for
     it, too: its last layer is whole), autocast, gradients, torch.compile (not with fullgraph=True: the reducer is copied at every
     call), calls from several threads (the model is reduced for all of them), deepcopy and pickle (of the model as it is outside),
-    save_pretrained. What is checked at a call is not while it is compiled. Checkpointing of gradients saves nothing here, and
-    nn.DataParallel's copies are not supported. On exit, also after an exception, the model is exactly what it was.
+    save_pretrained. A loop of one's own over the tower's layers would keep all tokens: calling a layer or its attention by itself is a
+    ValueError inside, and a block that ends without any forward reduced (although tokens had to leave) warns. So does a budget
+    that the method stays more than 2 % of the dense multiply-adds below, as it has few strengths in a shallow tower. What is checked
+    at a call is not while it is compiled. Checkpointing of gradients saves nothing here, and nn.DataParallel's copies are not supported. On exit, also after an exception, the model is exactly what it was.
 
-    Raises TypeError for an unsupported model (also one with a forward or a registered attention of its own in its tower) and for a
-    reducer that is none, ValueError for an unknown name, a budget that cannot be reached, and for what is not available inside:
-    attention maps, masks, dropout in attention, torch.jit.trace, offloaded weights, modules that were replaced or patched inside (an
+    Raises TypeError for an unsupported model (also one with a forward or a registered attention of its own in its tower, or with
+    attention that is told to be causal, say) and for a reducer that is none, ValueError for an unknown name, a budget that cannot be
+    reached, and for what is not available inside: attention maps, masks, dropout in attention, torch.jit.trace, offloaded weights, modules that were replaced or patched inside (an
     adapter of peft has to be there before), and hooks on what is not called, since of a layer only its norms, its MLP and the
     projections of its attention are."""
+    check(patch_tokens is None or isinstance(patch_tokens, bool), "patch_tokens", patch_tokens, "None, True or False")
     tower, reads = make_tower(model), reader(model)
     first, shown = tower.prefix and (reads in READ_FIRST or not tower.pools), patch_tokens is not None
     check(not any(p.is_meta for p in tower.module.parameters()), "weights", "meta (offloaded)",
@@ -64,8 +77,9 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
         inside = tower.library == "open_clip" and not tower.module.output_tokens
         patch_tokens = not (inside or reads in READ_POOLED | READ_FIRST)
     named, method = isinstance(reducer, str), reducer
-    reducer, skipped, places = find_reducer(model, reducer, budget, patch_tokens, options), tower.skipped(), tower.places()
-    refuse(tower, skipped, places)
+    reducer = find_reducer(model, reducer, budget, patch_tokens, options)
+    seen = tower.skipped(), tower.places(), settings(tower.attentions())
+    refuse(tower, *seen)
     told = options.get("image_size") if named else None
     fitted_to = {(sides_of(told or tower.image_size), False): reducer}  # ((height, width), whole last layer) → whose budget holds for it
 
@@ -84,7 +98,7 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
 
     def reduce(pixels, interpolate=None, hidden=False):
         if not torch.compiler.is_compiling():
-            refuse(tower, skipped, places)
+            refuse(tower, *seen)
         tower.check_pixels(pixels)
         own = reducer_at(tuple(pixels.shape[-2:]), hidden)
         own = copy(own) if named or hidden else own  # some remember their pass, which two threads must not share
@@ -102,7 +116,11 @@ def token_reduction(model, reducer, budget=None, patch_tokens=None, **options):
     try:
         for name, function in CALLS[tower.library](tower, reduce, last_of, patch_tokens).items():
             stand_ins.append(StandIn(tower.module, name, function))
+        names = {part: name for name, part in tower.module.named_modules()}
+        for part in dict.fromkeys(part for block in tower.blocks for part in (block.layer, *block.attentions())):
+            stand_ins.append(StandIn(part, "forward", alone(names.get(part, type(part).__name__))))
         yield model
+        warn_of_dense(model, tower, reducer, budget, any(stand_in.called for stand_in in stand_ins))
     finally:
         for stand_in in stand_ins:
             stand_in.leave()
@@ -124,7 +142,11 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
         whole = patch_tokens and options.get("cls_only_last")
         check(not whole, "cls_only_last", True, "None or False where the patches are read (patch_tokens=False if they are not)")
         options = dict(dict(cls_only_last=False if patch_tokens else None), **options)
-        return reducer_for_budget(reducer, budget, model, **options)
+        found = reducer_for_budget(reducer, budget, model, **options)
+        if not idle(found) and budget - found.macs_share > SHORT_OF_BUDGET:
+            warnings.warn(f"token_reduction: {reducer!r} takes {found.macs_share:.3f} of the dense multiply-adds for budget={budget}: "
+                          "its next step in this tower is above", stacklevel=4)
+        return found
     if not isinstance(reducer, Reducer):
         raise TypeError(f"reducer={reducer!r} is not supported; supported: a name of REDUCERS, or a Reducer")
     check(budget is None and not options, "budget and options", (budget, options), "those of a reducer given by its name")
@@ -134,14 +156,39 @@ def find_reducer(model, reducer, budget, patch_tokens, options):
     return reducer
 
 
-def refuse(tower, skipped, places):
+def idle(reducer):
+    """Whether a reducer removes no token: the base class, or one whose strength is none."""
+    return type(reducer) is Reducer or getattr(reducer, "keep", None) == 1 or getattr(reducer, "r", None) == 0
+
+
+def warn_of_dense(model, tower, reducer, budget, called):
+    """At the end of a block: say so if no forward was reduced, or if another tower stands in its place."""
+    inside = any(part is tower.module for part in model.modules())
+    if not (called and inside or idle(reducer) or budget == 1):
+        what = "no forward was reduced" if inside else "the vision tower was replaced, and what stands there now is not reduced"
+        whole = type(model).__name__ + ("" if tower.module is model else f" or of the {type(tower.module).__name__} that is in it")
+        warnings.warn(f"token_reduction: {what} in this block; expected: calls of {whole}, not of single parts or of a copy", stacklevel=4)
+
+
+def alone(name):
+    """What stands in for the forward of a layer, or of its attention."""
+    def forward(*args, **kwargs):
+        check(False, "call of", name, "the whole model or its vision tower inside token_reduction: a layer called by itself would keep all tokens")
+    return forward
+
+
+def refuse(tower, skipped, places, before):
     """ValueError for what the encoder loop would leave out without a word: dropout in attention, the user's hooks, parts patched or put in the
-    place of others; TypeError for an attention of somebody else's."""
+    place of others; TypeError for an attention of somebody else's, or with settings that the loop does not know."""
     refuse_dropout(tower)
-    refuse_attention([tower.module, *tower.attentions()])
+    attentions = tower.attentions()
+    refuse_attention([tower.module, *attentions])
+    now = settings(attentions)
+    if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+        refuse_settings(tower)
     check(not torch.jit.is_tracing(), "torch.jit.trace", "of a reduced model", "torch.compile: what is kept depends on the images")
-    moved = [name for parent, name, part in places if parent._modules.get(name) is not part]
-    check(not moved, "modules replaced", moved[:3], "none inside token_reduction: what stands there now would not be called")
+    others = moved(places)
+    check(not others, "modules replaced", others[:3], "none inside token_reduction: what stands there now would not be called")
     own = [name for name, part in skipped.items() if "forward" in vars(part) and not hasattr(part, "_orig_mod") and patched(part)]
     check(not own, "modules patched", own[:3], "none inside token_reduction: not they are called, but their parts")
     held = hooked(skipped)
@@ -174,13 +221,17 @@ def every_patch(x, tokens, reducer, read="last_hidden_state"):
 
 
 class StandIn:
-    """A function in the place of a module's method. A copy or pickle of the module has its own method there again."""
+    """A function in the place of a module's method, which notes that it was called, also in the inner one of two blocks. A copy or
+    pickle of the module has its own method there again."""
 
     def __init__(self, module, name, function):
-        self.module, self.name, self.function, self.before = module, name, function, vars(module).get(name)
+        self.module, self.name, self.function, self.before, self.called = module, name, function, vars(module).get(name), False
         setattr(module, name, self)
 
     def __call__(self, *args, **kwargs):
+        one = self
+        while isinstance(one, StandIn):
+            one.called, one = True, one.before
         return self.function(*args, **kwargs)
 
     def __reduce__(self):

@@ -12,6 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModelOu
 
 from effarch.checks import check
 from effarch.clip.towers.base import as_its_library, home_of, hooked, patched, refuse_attention
+from effarch.clip.towers.base import refuse_left_out as refuse_masks
 
 SUPPORTED = "Qwen2.5-VL and Qwen2-VL of transformers 5, without sliding windows"
 
@@ -77,11 +78,14 @@ def rope_positions(inner, call):
 
 
 def refuse_left_out(inner):
-    """ValueError for hooks and patches that a reduced prompt would leave out without a word, TypeError for an attention of somebody else's."""
+    """ValueError for hooks and patches that a reduced prompt would leave out without a word, TypeError for an attention of somebody else's,
+    or one in the tower that is told to be causal, say."""
     blocks = {f"visual.blocks.{i}{place}": part for i, block in enumerate(inner.visual.blocks) for place, part in (("", block), (".attn", block.attn))}
     parts = {"visual": inner.visual, "visual.rotary_pos_emb": inner.visual.rotary_pos_emb, "language_model": inner.language_model} | blocks
     parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # inside what torch.compile made
     refuse_attention([*parts.values(), *(layer.self_attn for layer in inner.language_model.layers)])
+    for i, block in enumerate(inner.visual.blocks):
+        refuse_masks(getattr(block.attn, "_orig_mod", block.attn), i)
     home = home_of(type(inner).forward)
     own = [name for name, part in parts.items() if patched(part) or not as_its_library(type(part), "forward", home)]
     check(not own, "forwards of their own", own[:3], "none where prompts are reduced: not these modules are called, but their parts")

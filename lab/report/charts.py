@@ -3,7 +3,6 @@
 Each takes the axes and a Place and returns the rows it shows; Missing (and nothing drawn) where there are none. Sizes
 come from rcParams, so that the same chart suits a wall and a phone."""
 
-import re
 import struct
 import textwrap
 import warnings
@@ -14,7 +13,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from effarch.bench.figures import OURS, PALETTE, PROPOSED, RIVAL, encode, interval_bars, series_style
+from effarch.bench.figures import (
+    OURS,
+    PALETTE,
+    PROPOSED,
+    RIVAL,
+    encode,
+    in_words,
+    interval_bars,
+    series_style,
+)
 from lab.report.findings import BASELINE, find, original
 from lab.report.select import Missing, Times, rows
 from lab.report.text import answer_parts
@@ -121,24 +129,12 @@ def designs(axes, place):
     return table
 
 
-SHARES = {"0.5": "half", "0.75": "3/4", "0.875": "7/8"}
-
-
-def design_name(variant):
-    """'SplitMRSS r=8 α=0.875' in words: 'split: 7/8 at 1/8'; another name stays as it is."""
-    found = re.fullmatch(r"SplitMRSS r=(\d+) α=([\d.]+)", variant)
-    if not found:
-        return variant
-    rate, share = found.groups()
-    return f"split: {SHARES.get(share, f'{float(share):.0%}')} at 1/{rate}"
-
-
 def rates(axes, place):
     """Time of a forward pass over that of the baseline with the same convolution: MRSS as proposed, then ours."""
     table = rows(place.table("mrss_proxy_results"), {"pass": "forward"})
     ours = [v for v in rows(table, dict(experiment="designs"))["variant"].unique() if v.startswith("Split")]
     ratios = {f"MRSS at 1/{r}": original(f"MRSS r={r}", " (stock conv)") for r in (1, 2, 4, 8)}
-    ratios |= {design_name(name): Times("mrss_proxy_results", dict(variant=name), BASELINE,
+    ratios |= {in_words(name).replace("SplitMRSS", "split"): Times("mrss_proxy_results", dict(variant=name), BASELINE,
                                         {"experiment": "designs", "pass": "forward", "batch": max}) for name in ours}
     found = {label: measured.estimate for label, number in ratios.items() if (measured := find(number, place))}
     if not found:

@@ -113,11 +113,18 @@ class Tower:
         return max(rates)
 
     def places(self):
-        """[(parent, name, part)] of the parts that the loop has looked up, to see later whether they are still in their places."""
-        known = set(map(id, [*self.called(), *(part for block in self.blocks for part in (block.layer, block.attention))]))
+        """[(parent, {name: part})] of all that stands in the tower and is not inside what the loop calls: it has looked its parts
+        up there, and `moved` tells whether they still are in their places."""
         live = ("fc_norm", "head_drop", "head") if self.library == "timm" else ()  # timm's own forward_head calls what stands there
-        return [(parent, name, part) for parent in self.module.modules() for name, part in parent.named_children()
-                if id(part) in known and not (parent is self.module and name in live)]
+        parents = [self.module, *self.skipped().values()]
+        return [(parent, {name: part for name, part in parent._modules.items() if parent is not self.module or name not in live}) for parent in parents]
+
+
+def moved(places):
+    """Names of parts that are no longer where `Tower.places` has seen them; where all that stands is called, also of new ones."""
+    lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    return [name for parent, before in places for name in (before | parent._modules if isinstance(parent, lists) else before)
+            if parent._modules.get(name) is not before.get(name)]
 
 
 class Chain:
@@ -202,10 +209,39 @@ def as_built(tower):
                 raise TypeError(f"{name or 'the tower'}: {type(part).__name__} with a {method} of its own is not supported: not it is called, "
                                 f"but its parts{said if 'attn' in name or 'attention' in name else ''}")
     refuse_attention([tower.module, *tower.attentions()])
+    refuse_settings(tower)
+    return tower
+
+
+# what attentions of the three libraries read, or functions of transformers that compute them, and the loop does not: with the usual value
+LEFT_OUT = dict.fromkeys(("is_causal", "sliding_window", "sinks", "bias_k", "bias_v", "add_zero_attn"), False) | dict(num_key_value_groups=1)
+SETTINGS = (*LEFT_OUT, "num_prefix_tokens", "num_heads", "num_attention_heads", "head_dim", "attention_head_size", "scale", "scaling")
+
+
+def settings(attentions):
+    """What `refuse_settings` reads of a module itself, and its parameters, to see fast whether it has to look again."""
+    return [value for part in attentions for value in (*map(vars(part).get, SETTINGS), *part._parameters.values())]
+
+
+def refuse_left_out(attention, layer, prefix=None):
+    """TypeError for an attention that is told to leave tokens out, or to add some; prefix: tokens in front that it must not rotate."""
+    # not getattr, which is slow where there is nothing, and encode_images asks in every call; but a compiler knows nothing else
+    own = LEFT_OUT.keys() | {"num_prefix_tokens"} if torch.compiler.is_compiling() else attention._parameters | vars(attention)
+    for name, usual in (LEFT_OUT if prefix is None else LEFT_OUT | dict(num_prefix_tokens=prefix)).items():
+        value = getattr(attention, name, None) if name in own or hasattr(type(attention), name) else None
+        if isinstance(value, torch.Tensor) or value not in (None, usual):
+            told = "a tensor" if isinstance(value, torch.Tensor) else value
+            raise TypeError(f"layer {layer} with {name}={told} is not supported; supported: None or {usual}, since every token attends to all of them")
+
+
+def refuse_settings(tower):
+    """TypeError for a layer whose attention is told to compute something else than the loop: other heads, another scale, a mask."""
     for i, block in enumerate(tower.blocks):
-        *_, attention = block.attentions()
-        heads = {getattr(attention, name) for name in ("num_heads", "num_attention_heads") if has(attention, name)}
-        size = next((getattr(attention, name) for name in ("head_dim", "attention_head_size") if has(attention, name)), None)
+        *_, attention = attentions = block.attentions()
+        for part in attentions:
+            refuse_left_out(part, i, None if tower.rotary is None else tower.prefix)
+        heads = {getattr(attention, name, None) for name in ("num_heads", "num_attention_heads")} - {None}
+        size = next((value for name in ("head_dim", "attention_head_size") if (value := getattr(attention, name, None)) is not None), None)
         width = block.q.out_features if has(block.q, "out_features") else None
         if heads - {tower.heads} or None not in (size, width) and width != tower.heads * size:
             raise TypeError(f"layer {i} with {sorted(heads)} heads of {size} for a width of {width} is not supported; supported: {tower.heads} heads in each layer, "
@@ -213,9 +249,9 @@ def as_built(tower):
         size = size or width and width / tower.heads
         for name in ("scale", "scaling"):
             scale = getattr(attention, name, None)
-            if isinstance(scale, float) and size and abs(scale * size**0.5 - 1) > 1e-4:
-                raise TypeError(f"layer {i} with {name}={scale} is not supported; supported: 1 / √{size}, the root of a head's width")
-    return tower
+            if isinstance(scale, torch.Tensor) or is_number(scale) and size and abs(scale * size**0.5 - 1) > 1e-4:
+                told = "a tensor" if isinstance(scale, torch.Tensor) else scale
+                raise TypeError(f"layer {i} with {name}={told} is not supported; supported: 1 / √{size}, the root of a head's width")
 
 
 def pieces(part):
