@@ -133,15 +133,16 @@ def rates(axes, place):
     """Time of a forward pass over that of the baseline with the same convolution: MRSS as proposed, then ours."""
     table = rows(place.table("mrss_proxy_results"), {"pass": "forward"})
     ours = [v for v in rows(table, dict(experiment="designs"))["variant"].unique() if v.startswith("Split")]
-    ratios = {f"MRSS at 1/{r}": original(f"MRSS r={r}", " (stock conv)") for r in (1, 2, 4, 8)}
-    ratios |= {in_words(name).replace("SplitMRSS", "split"): Times("mrss_proxy_results", dict(variant=name), BASELINE,
+    ratios = {f"MRSS, {word} step": original(f"MRSS r={r}", " (stock conv)") for r, word in {1: "every", 2: "every 2nd", 4: "every 4th", 8: "every 8th"}.items()}
+    ratios |= {in_words(name).replace("SplitMRSS: ", "").replace(" at 1/", " every ") + "th step": Times("mrss_proxy_results", dict(variant=name), BASELINE,
                                         {"experiment": "designs", "pass": "forward", "batch": max}) for name in ours}
     found = {label: measured.estimate for label, number in ratios.items() if (measured := find(number, place))}
     if not found:
         raise Missing("designs")
     bars(axes, list(found), *([getattr(e, part) for e in found.values()] for part in ("value", "low", "high")),
          lambda v: f"{v:.2f}×", line=1, colours=[PROPOSED if label.startswith("MRSS") else OURS for label in found])
-    axes.set(xlabel="time, × the baseline with that convolution")
+    axes.text(1, len(found) + 0.75, " baseline", va="center")
+    axes.set(xlabel="time over the baseline's", ylim=(0.4, len(found) + 1.1))
     axes.set_xlim(0, max(e.high for e in found.values()) * 1.25)
     return table[table["experiment"].isin(["original", "designs"])]
 
@@ -175,7 +176,7 @@ def layers(axes, place):
     """Time of a whole layer over the length of the sequence, of each the faster precision or chunk size."""
     table = place.table("scan_layers")
     table = table.assign(at=table["length"]).sort_values("latency_ms_median").dropna(subset=["latency_ms_median"])
-    names = {"attention": "attention", "Mamba-2 (ours)": "Mamba-2 (ours)", "Mamba-2 transformers": "Mamba-2, library"}
+    names = {"attention": "attention", "Mamba-2 (ours)": "Mamba-2 (ours)", "Mamba-2 transformers": "transformers' Mamba-2"}
     series = [(label, table[table["variant"].str.startswith(name)].drop_duplicates("length")) for name, label in names.items()]
     series = [(label, part) for label, part in series if len(part)]
     if not series:
@@ -185,11 +186,11 @@ def layers(axes, place):
 
 NAMES = {"ours": "ours", "tome": "ToMe", "cls_merge": "CLS, merged", "evit": "EViT, averaged",
          "smaller_input": "smaller image", "vtp": "original rule"}
-HIGHLIGHTS = {"ours": OURS, "ToMe": RIVAL, "original rule": PROPOSED}
+HIGHLIGHTS = {"ours": OURS, "ToMe": RIVAL, "original rule": PROPOSED, "smaller image": PLAIN}
 
 
 def tokens(axes, place):
-    """Change of accuracy over the share of the whole encoder's multiply-adds; three methods stand out."""
+    """Change of accuracy over the share of the whole encoder's multiply-adds; four methods stand out."""
     table, column = place.table("token_reduction_methods"), "accuracy_minus_dense"
     if column not in table:
         raise Missing(column)
@@ -203,9 +204,10 @@ def tokens(axes, place):
         axes.errorbar(x, y, yerr=spread, elinewidth=text_size() / 12, capsize=text_size() / 5, **style)
         names.append((x.iloc[0], y.iloc[0], label, colour))
     axes.plot(100, 0, "k*", markersize=0.9 * text_size(), linestyle="none")
+    axes.annotate("whole model", (101.5, 0), (0, -1.1 * text_size()), ha="right", va="center", textcoords="offset points")
     left = min(x for x, *_ in names) - 1
     room = name_share(axes, [label for label, _ in series])
-    axes.set(xlabel="multiply-adds left, %", ylabel="accuracy, points", xlim=(left - (102 - left) * room / (1 - room), 102))
+    axes.set(xlabel="multiply-adds left, %", ylabel="± accuracy, points", xlim=(left - (102 - left) * room / (1 - room), 102))
     ticks = [t for t in range(10, 101, 10) if t >= left - 5]
     axes.set_xticks(ticks[::-1][::2][::-1] if len(ticks) > 5 else ticks)
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -232,8 +234,8 @@ def clock(axes, place):
 # finding's verdict), chart, description
 HEADLINES = [
     ("mrss", "rates.png", "Is MRSS faster?", rates,
-     "Time of a forward pass relative to the baseline with the same convolution, with 95 % intervals: MRSS as proposed, then the "
-     "designs that split channels by rate. Left of the line is faster."),
+     "Time of a forward pass relative to the baseline with the same convolution, with 95 % intervals: MRSS as proposed, its second branch at every step, every "
+     "second and so on, then designs that run a share of the channels at every eighth or sixteenth step only. Left of the line is faster."),
     ("scan_attention", "layers.png", "Mamba or attention?", layers,
      "Milliseconds of a whole layer over the length of the sequence, each in its faster precision: attention, Mamba-2 written here, "
      "Mamba-2 of the transformers library with its faster chunk size, where it fits into memory."),

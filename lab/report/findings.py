@@ -82,7 +82,7 @@ def words_of(finding, main, place):
     for name, number in finding.beside.items():
         found = find(number, place)
         if found is not None:
-            words[name] = with_span(found.estimate, found.unit)
+            words |= {name: with_span(found.estimate, found.unit), f"{name}_short": short(found.estimate.value, found.unit)}
             words |= {f"{name}_{k}": plain(v) for k, v in found.words.items()}
     return words
 
@@ -175,6 +175,11 @@ def layer_speed(one, other, length=max, **more):
     return Times("scan_layers", one, other, dict(length=length), **more)
 
 
+def layer_memory(one):
+    """MiB at the peak of one whole layer, in the longest sequence."""
+    return Cell("scan_layers", "peak_mem_mib", dict(length=max) | one, "MiB")
+
+
 def decode_speed(one, other, context=max):
     """Time a token of one layer over that of another."""
     return Times("scan_decode", one, other, dict(context=context))
@@ -197,9 +202,9 @@ def distilled_error(task, kind="free", then="", unit="%"):
     return Least("kernel_distillation_quality", "output_error", dict(task=task, kind=kind, saving=at_least(10)), unit=unit, then=then)
 
 
-def hybrid(column):
-    """A cell of the towers with a scan in every second layer, after all training."""
-    return Cell("scan_clip_quality", column, dict(layers="every second", variant="scan, exact CLS row", fit="end to end"))
+def hybrid(column, mixing="scan", fit="end to end", unit=""):
+    """A cell of the towers with a scan, or another mixing, in every second layer, by default after all training."""
+    return Cell("scan_clip_quality", column, dict(layers="every second", variant=f"{mixing}, exact CLS row", fit=fit), unit)
 
 
 def seeing_speed(length=max):
@@ -225,7 +230,7 @@ def few_labels(method, shots=max):
 
 def masked(variant):
     """Change of accuracy that a recipe brings to training a CLIP for equal seconds."""
-    return Cell("masked_pretraining", "accuracy_minus_dense", dict(loss="softmax", variant=variant, budget="equal seconds"), "points", ("seconds",))
+    return Cell("masked_pretraining", "accuracy_minus_dense", dict(loss="softmax", variant=variant, budget="equal seconds"), "points", ("seconds", "accuracy"))
 
 
 def queried(method):
@@ -245,7 +250,7 @@ def feature_kept(method):
 
 def reduced(column, method="ours", budget=0.5, unit="%"):
     """A cell of the comparison of token reductions at equal compute."""
-    return Cell("token_reduction_methods", column, dict(method=method, budget=budget), unit, ("macs_share", "image_set"))
+    return Cell("token_reduction_methods", column, dict(method=method, budget=budget), unit, ("macs_share", "image_set", "tokens_last"))
 
 
 def on_photographs(column, method="ours", unit="%"):
@@ -267,6 +272,11 @@ def image_speed(side):
 def form_speed(**form):
     """Time of the encoder in single precision with all tokens over that of another form, at the largest batch."""
     return Times("hardware_forms", dict(form="float32 · all tokens, CLS-only last layer"), form, dict(batch=max), words=("precision", "cosine_mean"))
+
+
+def place_speed(one, other):
+    """Time of a prompt whose tokens are dropped at one place over that with another place, a quarter kept."""
+    return Times("qwen_places", dict(variant=f"{one} 0.25"), dict(variant=f"{other} 0.25"), dict(side=max))
 
 
 def prompt_speed(where):
@@ -301,7 +311,8 @@ FINDINGS = [
         "signals", SIGNALS, "And on signals that nobody made for it?", signal_error("terrain"),
         "On the heights of a terrain, SplitMRSS with seven eighths of its channels slow has {value} the baseline's error, on text (the next byte of a library's source) "
         "{text}. Against a low-rank mixing of as much compute and as long a memory: {land} and {letters}; with twice its rank, {land8} and {letters8}.",
-        below="Better on a smooth one: {short} the error.", above="{short} the error.",
+        below="{short} the baseline's error on a smooth one, {land_short} that of equal compute.",
+        above="{short} the baseline's error on a smooth one, {land_short} that of equal compute.",
         beside=dict(text=signal_error("text"), land=signal_error("terrain", other="Dilated LowRank D/16"), letters=signal_error("text", other="Dilated LowRank D/16"),
                     land8=signal_error("terrain", other="Dilated LowRank D/8"), letters8=signal_error("text", other="Dilated LowRank D/8"))),
     Finding(
@@ -314,26 +325,27 @@ FINDINGS = [
     Finding(
         "scan_attention", LAYERS, "Mamba or attention at my length?", layer_speed(ATTENTION, MAMBA2),
         "At {length} tokens a whole Mamba-2 layer of {size_states} states, with the scan written here, is {value} as fast as an attention layer, each in its faster "
-        "precision; at {early_length} attention is {early} as fast. With half as many states Mamba-2 leads {few_told}.",
+        "precision, and takes {memory} instead of {attention_memory}; at {early_length} attention is {early} as fast. With half as many states Mamba-2 leads {few_told}.",
         below="Attention, up to {length} tokens.", above="Our Mamba-2 {start_told}.", undecided="Undecided at {length} tokens.",
         more="Width {size_width}, one sequence; Mamba-2 then has {size_params_over_attention:.1f} times the parameters of attention, which has no "
              "MLP here.",
         beside=dict(start=Start("scan_layers", ATTENTION, MAMBA2, "length", "attention"), early=layer_speed(MAMBA2, ATTENTION, min),
+                    memory=layer_memory(MAMBA2), attention_memory=layer_memory(ATTENTION),
                     size=layer_speed(ATTENTION, MAMBA2, words=("width", "states", "params_over_attention")),
                     few=Start("scan_layers", ATTENTION, FEW_STATES, "length", "attention"))),
     Finding(
         "scan_decode", LAYERS, "Does a state decode faster than a cache?", decode_speed(ATTENTION, dict(variant="Mamba-2")),
         "After {context} tokens, a Mamba-2 layer decodes {value} as fast as an attention layer; after {early_context} attention decodes {early} as fast.",
-        below="No, up to {context} tokens.", above="Yes, {start_told}.",
+        below="No, up to {context} tokens.", above="Our Mamba-2 {start_told}.",
         beside=dict(start=Start("scan_decode", ATTENTION, dict(variant="Mamba-2"), "context", "attention"),
                     early=decode_speed(dict(variant="Mamba-2"), ATTENTION, min))),
     Finding(
-        "scan_library", SCAN, "Is our scan the fastest in PyTorch?", scan_form(),
+        "scan_library", SCAN, "Is our scan faster than others in plain PyTorch?", scan_form(),
         "Mamba-2's scan of {length} tokens with {states} states is {value} as fast as the four sums of its paper, written plainly, with their best chunk "
-        "length, both through torch.compile {compiled}; with gradients {training}, at {training_length}.",
-        below="No: {short} as fast.", above="Yes: {short} as fast as the next.",
-        more="Against the transformers library's PyTorch path, with its best chunk length, {library}. S6 with gradients "
-             "against mambapy: {s6} at {s6_length} tokens, {s6_short} at {s6_short_length}.",
+        "length, both through torch.compile {compiled}; with gradients {training}, at {training_length}. S6, Mamba's scan, with gradients against mambapy: {s6} at "
+        "{s6_length} tokens, {s6_short} at {s6_short_length}.",
+        below="No: {short} as fast.", above="For Mamba-2 on this CPU, yes: {short} as fast.",
+        more="Against the transformers library's PyTorch path, with its best chunk length, {library}.",
         beside=dict(training=scan_form(kind="forward+backward"), compiled=scan_form("minimal, compiled", "ours, compiled"), library=scan_form("transformers"),
                     s6=s6_speed(max), s6_short=s6_speed(min))),
     Finding(
@@ -371,7 +383,7 @@ FINDINGS = [
         "vision_speed", SEES, "Is a scan over patches faster than attention?", seeing_speed(),
         "At {length} patches two Vision Mamba blocks are {value} as fast as a transformer layer with as many parameters, each in its faster "
         "precision, and {early} at {early_length}.",
-        below="No, up to {length} patches: {short} as fast.", above="At {length} patches: {short} as fast.",
+        below="No, up to {length} patches: {short} as fast.", above="At {length} patches, {short} as fast; not at {early_length}.",
         beside=dict(early=seeing_speed(min))),
     Finding(
         "vision_error", SEES, "Does it see as well?", seeing_error("transformer, as long"),
@@ -384,9 +396,13 @@ FINDINGS = [
     Finding(
         "scan_clip", SCAN_CLIP, "Can a scan stand in for attention in a pretrained CLIP?", hybrid("cosine_mean"),
         "With a scan in every second layer, initialised from its queries, keys and values and distilled for minutes, the feature has a cosine of "
-        "{value} to the original's.",
-        limit=0.93, below="Not closely: cosine {short}.", above="In every second layer, yes: cosine {short}.",
-        more="That is {gain} over the mean of values in its place, trained alike.", beside=dict(gain=hybrid("cosine_minus_mean"))),
+        "{value} to the original's (with the mean of values in its place, trained alike, {mean}), and {names} of the answers among ImageNet's names stay; the class token keeps its "
+        "attention. Before the training end to end it is {scan}, linear attention's {linear}. At {speed_length} patches one such mixing is {speed} as fast as attention.",
+        limit=0.93, below="Not closely: cosine {short}.", above="Nearly, in every second layer: cosine {short}.",
+        more="The gain over the mean of values: {gain}.",
+        beside=dict(gain=hybrid("cosine_minus_mean"), mean=hybrid("cosine_mean", "mean of values"), names=hybrid("names_agreement", unit="%"),
+                    scan=hybrid("cosine_mean", fit="layer-wise"), linear=hybrid("cosine_mean", "linear attention", "layer-wise"),
+                    speed=Times("scan_clip_speed", *(dict(variant=begins(name), latency_ms_median=min) for name in ("attention", "scan, n = 16, exact")), dict(length=min)))),
     Finding(
         "original", PRUNING, "Does the original token pruning keep the accuracy?",
         Cell("clip_vtp_results", "accuracy_minus_dense", dict(rule="drop", keep_ratio=0.7), "points", ("share_of_dense_macs", "image_set")),
@@ -400,17 +416,17 @@ FINDINGS = [
         beside=dict(tome=feature_kept("tome"), vtp=feature_kept("vtp"))),
     Finding(
         "tokens_free", REDUCTION, "How many tokens can go without losing accuracy?", reduced("accuracy_minus_dense", budget=0.7, unit="points"),
-        "On {image_set}, merging similar tokens our way until {macs_share:.0%} of the multiply-adds are left changes class-name accuracy by {value}; with the "
-        "ImageNet names that belong to each class instead, by {clean}.",
-        limit=-0.01, below="Fewer: {short} lost.", above="Three tenths of the compute can go: less than one point lost.",
+        "On {image_set}, merging similar tokens our way until {macs_share:.0%} of the multiply-adds are left changes class-name accuracy by {value}, to {accuracy}; with the "
+        "ImageNet names that belong to each class instead, by {clean}. Of the answers among all ImageNet's names {names} stay.",
+        limit=-0.01, below="Fewer: {short} lost.", above="Down to {tokens_last} of {whole} tokens, seven tenths of the compute: less than one point lost.",
         more="{agreement} of the answers stay. At {half_macs_share:.0%} the change is {half}.",
-        beside=dict(clean=reduced("zero_shot_accuracy_minus_dense", budget=0.7, unit="points"), agreement=reduced("top1_agreement", budget=0.7),
+        beside=dict(whole=Cell("token_reduction_methods", "tokens_last", dict(method="dense_cls", budget=min)), accuracy=reduced("top1_accuracy", budget=0.7), names=reduced("names_agreement", budget=0.7), clean=reduced("zero_shot_accuracy_minus_dense", budget=0.7, unit="points"), agreement=reduced("top1_agreement", budget=0.7),
                     half=reduced("accuracy_minus_dense", unit="points"))),
     Finding(
         "tokens_half", REDUCTION, "How many answers stay at half the compute?", reduced("top1_agreement"),
         "On {image_set}, with {macs_share:.0%} of the multiply-adds, our merging keeps {value} of the class-name answers and {names} of those among "
         "ImageNet's names; ToMe {tome} and {tome_names}, the original rule (largest patch norm) {vtp} and {vtp_names}.",
-        limit=None, above="{short} among ten class names.",
+        limit=None, above="{short} among ten class names, {names_short} among ImageNet's.",
         beside=dict(names=reduced("names_agreement"), tome=reduced("top1_agreement", "tome"), tome_names=reduced("names_agreement", "tome"),
                     vtp=reduced("top1_agreement", "vtp"), vtp_names=reduced("names_agreement", "vtp"))),
     Finding(
@@ -431,15 +447,16 @@ FINDINGS = [
     Finding(
         "tokens_time", REDUCTION, "Does the saving show on the clock?", reduced_time(),
         "At half the multiply-adds it is {value} as fast as the whole encoder with {batch} images at a time.",
-        below="No: {short} as fast.", above="Yes: {short} as fast.", more="With {small_batch} images: {small}.",
+        below="No: {short} as fast.", above="Yes, {batch} images at a time: {short} as fast.", more="With {small_batch} images: {small}.",
         beside=dict(small=reduced_time(batch=min))),
     Finding(
         "tokens_input", REDUCTION, "Would a smaller image do as well?", reduced("agreement_minus_ours", "smaller_input_over", unit="points"),
-        "Scaled down to {macs_share:.0%} of the multiply-adds, {value} of class-name answers that stay, compared with ours at half; to {under_macs_share:.0%}, the next size, "
-        "{under}.",
-        limit=0.0, below="No: {short} fewer answers stay.", above="Yes: {short} more answers stay.", undecided="No difference from ours was found.",
+        "With {image_set} scaled down to {macs_share:.0%} of the multiply-adds, {value} of class-name answers that stay, compared with ours at half, in accuracy {accuracy}; to "
+        "{under_macs_share:.0%}, the next size, {under} and {under_accuracy}.",
+        limit=0.0, below="{short} fewer answers stay; in accuracy {accuracy}.", above="Yes: {short} more answers stay.", undecided="No difference from ours was found.",
         more="The smaller of the two is {speed} as fast as the whole encoder.",
-        beside=dict(under=reduced("agreement_minus_ours", "smaller_input", unit="points"), speed=reduced_time("smaller_input"))),
+        beside=dict(accuracy=reduced("accuracy_minus_ours", "smaller_input_over", unit="points"), under_accuracy=reduced("accuracy_minus_ours", "smaller_input", unit="points"),
+                    under=reduced("agreement_minus_ours", "smaller_input", unit="points"), speed=reduced_time("smaller_input"))),
     Finding(
         "scaling", SCALING, "Does it pay more on larger images?", image_speed(max),
         "One image of {side} pixels a side, half the multiply-adds: {value} as fast as the whole encoder; {small} at "
@@ -457,16 +474,17 @@ FINDINGS = [
         form_speed(tokens="all tokens, CLS-only last layer", precision=differs("float32"), latency_ms_median=min),
         "With all tokens and {batch} images at a time, {precision} is {value} as fast as single precision, at a cosine of {cosine_mean:.4f}; merging half of the "
         "multiply-adds away in {both_precision}, {both}, at {both_cosine_mean:.3f}.",
-        below="Nothing: {short} as fast.", above="{precision}: {short} as fast.", more="Merging alone: {merged}.",
+        below="Nothing: {short} as fast.", above="{precision}, on this device: {short} as fast.", more="Merging alone: {merged}.",
         beside=dict(both=form_speed(tokens="merged", latency_ms_median=min), merged=form_speed(form="float32 · merged"))),
     Finding(
         "qwen", QWEN, "Where does dropping vision tokens save a Qwen2.5-VL-class model most time?",
-        Times("qwen_places", dict(variant="after 0.25"), dict(variant="inside 0.25"), dict(side=max)),
-        "With a quarter of the tokens kept, a prompt with a picture of {side} pixels is read {value} as fast if they go inside the vision tower rather than behind it "
+        place_speed("inside", "before"),
+        "With a quarter of the tokens kept, a prompt with a picture of {side} pixels is read {value} as fast if they go before the vision tower rather than inside it, and "
+        "{behind} if inside rather than behind it "
         "(a small model of the same shape with random weights: answers are not judged). Over all tokens: before the tower {before}, inside {inside}, behind it {after}, in "
         "the language model {language}; a picture with a quarter of the pixels {image}.",
-        below="Behind the vision tower.", above="Not behind the vision tower: inside it {short} as fast.",
-        beside={where: prompt_speed(where) for where in ("before", "inside", "after", "language", "image")}),
+        below="Inside the vision tower, or behind it.", above="Before the vision tower: {short} as fast as inside it.",
+        beside=dict(behind=place_speed("after", "inside")) | {where: prompt_speed(where) for where in ("before", "inside", "after", "language", "image")}),
     Finding(
         "fusion", FUSION, "At half the compute: thinner layers or fewer tokens?",
         Cell("low_rank_grid", "names_agreement_minus_ours", dict(budget=0.5, keep=1.0), "points", ("params_share", "image_set")),
@@ -477,13 +495,13 @@ FINDINGS = [
         "few_shot", SHOTS, "What do a few labels add?", few_labels("GDA"),
         "On {domain}, with {shots} labelled images a class, Gaussian discriminant analysis answers {value} more than the head made of names alone.",
         limit=0.0, below="Nothing: {short}.", above="{short}.",
-        more="With {one_shots} label a class {one}; there, adding the class means to the texts brings {means}.",
+        more="With {one_shots} a class {one}; there, adding the class means to the texts brings {means}.",
         beside=dict(one=few_labels("GDA", shots=min), means=few_labels("text + class mean", shots=min))),
     Finding(
         "masked", MASKED, "Does masking pay when a CLIP is trained for equal time?", masked("random 50 %"),
-        "A small CLIP from scratch that sees a random half of every image, trained for the {seconds:.0f} seconds that dense training takes, changes class accuracy by {value}; "
+        "A small CLIP from scratch that sees a random half of every image, trained for the {seconds:.0f} seconds that dense training takes, changes class accuracy by {value}, to {accuracy:.1%}; "
         "three quarters hidden {most}, half hidden by clusters {cluster}, half the batch instead {half}, a smaller image {smaller}.",
-        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", undecided="Undecided for a random half.",
+        limit=0.0, below="No: {short} lost.", above="Yes: {short} more.", undecided="Undecided for a random half; three quarters hidden: {most}.",
         beside=dict(most=masked("random 75 %"), half=masked("half the batch"), smaller=masked("smaller image"), cluster=masked("cluster 50 %"))),
     Finding(
         "queries", QUERIES, "Do learned queries beat pooling?", queried("qformer"),
@@ -493,8 +511,8 @@ FINDINGS = [
     Finding(
         "compressed", COMPRESSED, "Does compressing a CLIP beat training a smaller one?", compressed("two steps"),
         "A small CLIP distilled into fewer layers and then pruned by gates to half of its layers' weights has {value} of class accuracy, compared with a "
-        "model of half the layers that was trained from the start for the time of both.",
+        "model of half the layers that was trained from the start for the time of both; the uncompressed teacher, which was trained for less, {teacher}.",
         limit=0.0, below="No: {short} lost.", above="Yes: {short} more.",
         more="Gates alone {gates}; half of the layers, distilled, {layers}; heads and channels chosen by chance {random}.",
-        beside=dict(gates=compressed("gates"), layers=compressed("everything"), random=compressed("random"))),
+        beside=dict(teacher=compressed("teacher"), gates=compressed("gates"), layers=compressed("everything"), random=compressed("random"))),
 ]

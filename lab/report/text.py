@@ -16,6 +16,7 @@ DECIDED = VERDICTS[:2]
 UNJUDGED = "its notebook has no published run yet"
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n)(.*?)(<!-- /report:\2 -->)", re.S)
 WITHOUT_UNIT = ("", "ratio", "error ratio", "slope", "cosine", "share")
+OF_SHARES = "%", "points"  # units of what the tables keep as shares
 
 
 def missing(value):
@@ -31,7 +32,7 @@ def number(value, unit=""):
         return ""
     value = float(value)
     size = abs(value)
-    if unit in ("%", "points"):
+    if unit in OF_SHARES:
         text = f"{100 * value:+.1f}" if unit == "points" else f"{100 * value:.{2 if 0 < size < 0.005 else 1}f}"
     elif size >= 1e6:
         text = f"{value:.2e}"
@@ -47,7 +48,7 @@ def number(value, unit=""):
 
 def short(value, unit=""):
     """A number for a verdict: two significant digits, and no sign for a difference."""
-    if unit in ("%", "points"):
+    if unit in OF_SHARES:
         return number(abs(value), unit).lstrip("+")
     value, size = float(value), abs(value)
     text = f"{value:.0f}" if size >= 10 or size == 0 else f"{value:.{1 - math.floor(math.log10(size))}f}"
@@ -78,7 +79,10 @@ def several(values, units="", spread=str):
     for value, unit in zip(values, [*units, *[""] * len(values)], strict=False):
         try:
             here = float(value)
-            parts.append((value if spread is str else spread(here)) + ("" if unit in WITHOUT_UNIT else f" {unit}"))
+            if spread is number and unit == "points":  # a difference of shares, as findings have it
+                parts.append(number(here, unit))
+            else:
+                parts.append((value if spread is str else spread(here)) + ("" if unit in WITHOUT_UNIT else f" {unit}"))
         except ValueError:
             parts.append(value)
     return ", ".join(parts)
@@ -95,7 +99,7 @@ def measured_text(row):
     if pd.isna(row["measured"]):
         return ""
     low, high = (pd.to_numeric(row[c], errors="coerce") for c in ("low", "high"))
-    text = several(row["measured"], row["unit"], number) + span(low, high)
+    text = several(row["measured"], row["unit"], number) + span(low, high, "points" if row["unit"] == "points" else "")
     return ", ".join(filter(None, [text, repetitions(row)]))
 
 
@@ -166,7 +170,7 @@ def answers_block(report):
                 parts.append(image(shown["path"].relative_to(report.root).as_posix(), shown["alt"]))
     if not parts:
         return "No run has finished here yet: `./run_all.sh` draws the pictures."
-    note = "In parentheses: 95 % intervals. A *round* times everything that is compared, in turn."
+    note = "In parentheses: 95 % intervals. A *round* times each of what is compared once, in turn."
     return "\n\n".join([note if any(place.gpu for place in report.shown_places) else f"Measured on CPUs so far. {note}", *parts])
 
 
