@@ -277,7 +277,7 @@ class Student(nn.Module):
     def finish(self):
         """The trained CLIPModel with its scale; nobody watches or gates it, or its teacher, any more."""
         with torch.no_grad():
-            self.clip.logit_scale.copy_(self.log_scale)
+            self.clip.logit_scale.copy_(self.log_scale).requires_grad_(True)
         for part in (self.seen, self.wanted, self.gates):
             if part is not None:
                 part.remove()

@@ -81,7 +81,7 @@ class StateSpaceDecoder:
     def __init__(self, form):
         check_form(form)
         poles, c = form.log_poles().detach().exp(), form.coefficients().detach()
-        self.skip = form.skip.detach()
+        self.skip = form.skip.detach().clone()
         self.cos, self.sin = poles.real.contiguous(), poles.imag.contiguous()  # (modes, D)
         self.c_real, self.c_imag = c.real.contiguous(), c.imag.contiguous()
         self.real, self.imag = torch.zeros_like(self.cos), torch.zeros_like(self.cos)

@@ -1,6 +1,7 @@
 # Written by `python -m lab.build` from vlm/few_shot.ipynb, where each part is explained: edit it there.
 """Few-shot classification on frozen CLIP features: caches, Gaussian classes, probes and adapters; choices by held-out shots."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -249,8 +250,8 @@ def train_head(head, support, steps=200, rate=1e-3):
 
 
 def tip_adapter_f(support, blend=None, steps=200, rate=1e-3):
-    """Tip-Adapter-F: the keys of a Tip-Adapter are trained. blend: that Tip-Adapter; None: the published α and β."""
-    blend = tip_adapter(support) if blend is None else blend
+    """Tip-Adapter-F: the keys of a copy of a Tip-Adapter are trained. blend: that Tip-Adapter; None: the published α and β."""
+    blend = tip_adapter(support) if blend is None else copy.deepcopy(blend)
     blend.extra.keys.requires_grad_(True)
     return train_head(blend, support, steps, rate)
 

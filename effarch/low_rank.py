@@ -129,7 +129,9 @@ def factor(layer, moment, rank, metric="whitened"):
 
 
 def low_rank_layers(model, moments, share, metric="whitened", places=tuple(PLACES)):
-    """A copy of the model whose linear layers at `places` (names in PLACES) are pairs of `share` of their numbers each."""
+    """A copy of the model whose linear layers at `places` (names in PLACES) are pairs of `share` of their numbers each.
+
+    Its text tower is the model's own: copy.deepcopy it before that is trained, cast or set to train."""
     check(set(places) <= set(PLACES), "places", places, ", ".join(PLACES))
     new, layers = each_layer(model, moments)
     for layer, found in layers:
@@ -215,7 +217,9 @@ def fold_value_output(v, out, heads, moment, rank):
 
 
 def slim_attention(model, moments, qk=None, vo=None):
-    """A copy of the model whose heads have qk numbers in queries and keys, vo in values: a rank, or a list with one of each layer."""
+    """A copy of the model whose heads have qk numbers in queries and keys, vo in values: a rank, or a list with one of each layer.
+
+    Its text tower is the model's own: copy.deepcopy it before that is trained, cast or set to train."""
     new, layers = each_layer(model, moments)
     heads, depth = make_tower(new).heads, len(moments)
     qks, vos = ([rank] * depth if rank is None or isinstance(rank, int) else list(rank) for rank in (qk, vo))
@@ -241,7 +245,9 @@ REPAIRS = ("nothing", "mean", "least squares")
 
 @torch.no_grad()
 def slim_mlp(model, moments, share, criterion="FLAP", repair="least squares"):
-    """A copy of the model whose MLPs keep `share` of their channels, by a name in CRITERIA, with one of REPAIRS for the rest."""
+    """A copy of the model whose MLPs keep `share` of their channels, by a name in CRITERIA, with one of REPAIRS for the rest.
+
+    Its text tower is the model's own: copy.deepcopy it before that is trained, cast or set to train."""
     check(criterion in CRITERIA, "criterion", criterion, ", ".join(CRITERIA))
     check(repair in REPAIRS, "repair", repair, ", ".join(REPAIRS))
     check_share(share, "share")
@@ -288,9 +294,10 @@ def add_adapter(model, kind, rank=8, seed=0):
         import peft
     except ImportError:
         raise ImportError("adapters need the package peft: pip install peft") from None
-    torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=adapter_targets(model, kind), **ADAPTERS[kind])
-    return peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.random.fork_rng():  # peft draws from the generator of all
+        torch.manual_seed(seed)
+        return peft.get_peft_model(copy.deepcopy(model), config)
 
 
 def all_weights(model):
@@ -322,7 +329,9 @@ def distil(model, images, targets, steps, rate, batch=16, seed=0, reducer=None):
 
 
 def joint_factors(images, texts, rank, floor=1e-6):
-    """A, B (P, r): f A (t B)ᵀ comes closest to f (t - mean t)ᵀ over pairs of images (n, P) and texts (m, P)."""
+    """A, B (P, r): f A (t B)ᵀ comes closest to f (t - mean t)ᵀ, but for a number of each image, over pairs of images (n, P) and texts (m, P).
+
+    To compare images by that, subtract the texts' mean from t first."""
     check(is_count(rank) and rank <= images.shape[1], "rank", rank, f"a whole number from 1 to {images.shape[1]}")
     images, texts = images.double(), texts.double() - texts.double().mean(0)
     root_f, root_t = (root(floored(x.T @ x / len(x), floor)) for x in (images, texts))

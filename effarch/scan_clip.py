@@ -103,11 +103,11 @@ def hedgehog_maps(block, heads):
 class LinearAttention(Mixer):
     """y_t = Σ_s (C_t · B_s) v_s / Σ_s (C_t · B_s): attention's weights as products of features, so that it costs O(N).
 
-    maps: two linear maps to what becomes C and B. signed: features softmax(±z), of both; else softmax(z) and exp(z)."""
+    maps: two linear maps to what becomes C and B, copied. signed: features softmax(±z), of both; else softmax(z) and exp(z)."""
 
     def __init__(self, block, heads, maps, signed=False, exact_cls=False):
         super().__init__(block, heads, exact_cls)
-        self.to_C, self.to_B, self.signed = *maps, signed
+        self.to_C, self.to_B, self.signed = *copy.deepcopy(maps), signed
         self.requires_grad_(True)
 
     def features(self, x):

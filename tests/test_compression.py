@@ -317,7 +317,7 @@ def test_a_student_learns_from_its_teacher_alone_and_the_teacher_stays(clip):
     student = train_student(far, PAIRS, 25, 2e-3, batch=12)
     again = Student(student, losses, clip, same=same)
     assert float(again(**batch()).detach()) < 0.8 * first
-    again.finish()
+    assert again.finish().logit_scale.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
     assert not any(part._forward_hooks for model in (student, clip) for part in model.modules())
 

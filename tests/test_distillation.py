@@ -389,6 +389,15 @@ def test_every_decoder_equals_the_convolution():
             assert torch.allclose(y, causal_conv(x[None], k)[0], atol=1e-4), type(decoder).__name__
 
 
+def test_a_decoder_is_of_the_form_as_it_was():
+    form, x = distill(planted(48, 3), "hankel", rank=4), normal(9, 3)
+    decoder, wanted = StateSpaceDecoder(form), causal_conv(x[None], form(9))[0].detach()
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.add_(0.1)
+    torch.testing.assert_close(torch.stack([decoder.step(row) for row in x]), wanted)
+
+
 def test_a_row_of_another_shape_is_refused_by_every_decoder():
     """A batch of rows, or one number for all channels, would be broadcast to a wrong answer."""
     kernel = planted(48, 3).float()

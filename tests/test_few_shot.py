@@ -350,6 +350,7 @@ def test_training_changes_what_is_trained_and_nothing_else():
     loss = F.cross_entropy(blend(support.features), support.labels)
     trained = tip_adapter_f(support, blend, steps=30)
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert all(torch.equal(value, before[name]) for name, value in blend.state_dict().items()), "the training-free one stays"
     assert changed == {"extra.keys"} and F.cross_entropy(trained(support.features), support.labels) < loss
     for make in (clip_adapter, low_rank_projection):
         head = make(support, steps=5)

@@ -418,7 +418,9 @@ def test_adapters_start_at_the_model_and_are_merged_into_it(clip, broken, kind):
     pytest.importorskip("peft")
     x, (images, target) = pictures(3, 5), training_set(clip)
     before = {name: p.clone() for name, p in broken.state_dict().items()}
+    drawn = torch.random.get_rng_state()
     adapted = add_adapter(broken, kind, rank=4)
+    assert torch.equal(torch.random.get_rng_state(), drawn), "draws of others go on as without it"
     inner = adapted.get_base_model()
     close(encode_images(inner, x), encode_images(broken, x), 1e-5)
     names = {name for name, p in inner.named_parameters() if p.requires_grad}

@@ -114,6 +114,14 @@ def test_diffrate_has_the_mean_that_is_asked_for_and_falls_as_published(keep, de
         np.testing.assert_allclose(logs[1:] / published[1:], logs[1] / published[1], rtol=1e-6)
 
 
+def test_a_strength_that_is_changed_counts_from_the_next_image_on(model, pixels):
+    used = ProtectedMerging(0.8)
+    encode_images(model, pixels, used)
+    used.keep = 0.4
+    close(encode_images(model, pixels, used), encode_images(model, pixels, ProtectedMerging(0.4)))
+    assert diffrate(1.0, 12) == (1.0,) * 12, "and at one nothing leaves"
+
+
 @pytest.mark.parametrize("factory", [EnergyMerging, DiffRateMerging])
 def test_the_other_mergers_do_nothing_at_keep_one_and_lose_no_patch(model, pixels, factory):
     close(encode_images(model, pixels, factory(1.0)), encode_images(model, pixels))

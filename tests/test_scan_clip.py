@@ -87,6 +87,15 @@ def test_centres_find_the_clusters():
     assert same.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [LinearAttention, ScanMixer])
+def test_mixers_of_the_same_maps_share_no_weight(clip, kind):
+    _, tower, _, states = clip
+    block = tower.blocks[2]
+    maps = landmark_maps(block, tower.heads, block.norm1(states[:1]), 4)
+    one, two = kind(block, tower.heads, maps), kind(block, tower.heads, maps)
+    assert not {p.data_ptr() for p in one.parameters()} & {p.data_ptr() for p in two.parameters()}
+
+
 def test_with_a_landmark_at_every_query_it_is_softmax_attention(clip):
     """C becomes one of n, and B the exact weights of that query."""
     _, tower, _, states = clip

@@ -163,6 +163,17 @@ def test_half_a_grid_is_a_checkerboard_on_any_grid(clip):
         assert (kept[:, 1:] ^ kept[:, :-1]).all() and (kept[:, :, 1:] ^ kept[:, :, :-1]).all()
 
 
+def test_random_numbers_do_not_hang_on_the_default_type():
+    uniform.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = uniform(5, 3, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        uniform.cache_clear()
+    assert torch.equal(drawn, uniform(5, 3, torch.device("cpu")))
+
+
 def test_random_masks_differ_by_seed_only(clip):
     owners = [trace_encoder(clip, Random(0.5, seed), pictures()).owner for seed in (0, 0, 1)]
     assert torch.equal(owners[0], owners[1]) and not torch.equal(owners[0], owners[2])

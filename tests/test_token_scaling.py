@@ -64,6 +64,7 @@ def test_counts_by_attention_follow_how_spread_the_attention_is():
     scores = torch.cat([even, peaked])
     assert counts_by_attention(scores, 0.85).tolist() == [9, 1]
     assert counts_by_attention(scores, 0.95).tolist() == [10, 5]
+    assert counts_by_attention(torch.rand(500, 196), 1.0).max() <= 196, "a sum of all may be rounded to less than one"
     more = [counts_by_attention(scores, tau).sum().item() for tau in (0.2, 0.5, 0.8, 0.99)]
     assert more == sorted(more), "a higher threshold never keeps fewer"
     assert torch.equal(counts_by_attention(scores * 7, 0.85), counts_by_attention(scores, 0.85))

@@ -136,7 +136,7 @@ def hump(keep, depth, end=0.32, fall=3.5):
 
 
 def straight(keep, depth):
-    """Share of the tokens left after each layer, `keep` on average, if each merges the same number (ToMe)."""
+    """Share of the tokens left after each layer, `keep` on average, if each merges the same number (ToMe); never fewer than a fiftieth, which is more on average where `keep` is small."""
     return tuple(max(0.02, 1 - 2 * (1 - keep) * (layer + 1) / (depth + 1)) for layer in range(depth))
 
 
@@ -186,9 +186,10 @@ class ProtectedMerging(MergeSimilar):
 
     def merges(self, tokens):
         """What the shape asks for, on average over the layers up to the next merge."""
-        if tokens.depth not in self.left:
-            self.left[tokens.depth] = self.shape(self.keep, tokens.depth)
-        left, five = self.left[tokens.depth], {tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS}
+        known = self.keep, self.shape, tokens.depth
+        if known not in self.left:
+            self.left[known] = self.shape(self.keep, tokens.depth)
+        left, five = self.left[known], {tokens.depth * twelfth // 12 for twelfth in MERGING_TWELFTHS}
         at = range(tokens.depth) if self.every_layer else sorted(five)
         if tokens.layer not in at:
             return 0
@@ -238,7 +239,7 @@ DIFFRATE = (197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3)  # of 197 tokens
 
 def diffrate(keep, depth):
     """Share of the tokens left after each layer, `keep` on average, in the shape that DiffRate (arXiv 2305.17997) learned for DeiT-B."""
-    if keep * depth <= 1:  # nothing leaves in the first layer
+    if keep * depth <= 1 or keep == 1:  # nothing leaves in the first layer, or in any
         return (keep,) * depth
     at = [i * (len(DIFFRATE) - 1) / max(depth - 1, 1) for i in range(depth)]
     learned = [DIFFRATE[int(i)] + (i % 1) * (DIFFRATE[min(int(i) + 1, 11)] - DIFFRATE[int(i)]) for i in at]

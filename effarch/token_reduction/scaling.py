@@ -31,7 +31,7 @@ def crossing(tokens, ms):
 def counts_by_attention(scores, tau):
     """(B, P) CLS attention → (B,): the fewest tokens whose share of it reaches tau."""
     share = scores.sort(dim=1, descending=True).values.cumsum(1) / scores.sum(1, keepdim=True)
-    return (share < tau).sum(1) + 1
+    return ((share < tau).sum(1) + 1).clamp(max=scores.shape[1])
 
 
 def twin_similarity(tokens):
@@ -80,7 +80,7 @@ def encode_adaptive(model, pixels, keeps_of, layer, make=ProtectedMerging):
 
 
 def ideal_levels(loss, macs, limit):
-    """(N,) the level of each image that makes the total loss least while the mean of `macs` is at most `limit`.
+    """(N,) the level of each image that makes the total loss least, of the choices that one price reaches, while the mean of `macs` is at most `limit`.
 
     loss: (N, L) of every image at every level; macs: (L,) ascending. By bisection of the price of a multiply-add: each image takes
     the level where loss + price · macs is least. ValueError if even the cheapest level costs more."""

@@ -20,7 +20,7 @@ from effarch.token_reduction.merging import DiffRateMerging, EnergyMerging, Merg
 def uniform(n, seed, device):
     """(n,) uniform numbers, the same on every device; drawn on a CPU, and sent to each device once."""
     with torch.inference_mode(False):
-        return torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(device)
+        return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu").to(device)
 
 
 @lru_cache
