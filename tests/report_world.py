@@ -144,7 +144,7 @@ def write_project_tables(root):
     timed(place, "scan_decode", base, [dict(context=t, variant=name, ms=ms) for t in (256, 1024)
                                        for name, ms in (("attention", t / 64), ("Mamba-2", 2), ("Mamba", 3))])
     answers = [dict(task="copying", variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.1 * (seed - 1) * (name[0] == "h")),
-                    status="ok") | base for seed in (0, 1, 2) for name, wrong in (("full rate", 0.1), ("half at 1/4", 0.2))]
+                    status="ok") | base for seed in (0, 1, 2) for name, wrong in (("full rate", 0.1), ("half at 1/4", 0.2), ("three quarters at 1/8", 0.3))]
     write_csv(place / "scan_quality.csv", pd.DataFrame(answers))
     answers = [dict(task="copying", variant=name, seed_of_model=seed, accuracy=1 - wrong * math.exp(0.1 * (seed - 1) * (name[0] == "l")),
                     status="ok") | base for seed in (0, 1, 2)
