@@ -109,6 +109,9 @@ class DynamicBlock(Stepwise):
         self.block, self.router, self.target, self.choose = block, Router(width), target, choose
         self.loss = self.share = None
 
+    def __getstate__(self):
+        return vars(self) | dict(loss=None)  # it holds a graph after a training step, which no copy can take
+
     def route(self, x, last=None):
         """(p, chosen), both (B, T), each from tokens up to its own; the first of all is always chosen."""
         p = self.router(x, last)

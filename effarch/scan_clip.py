@@ -175,7 +175,8 @@ class ScanMixer(LinearAttention):
     def order_of(self, x):
         """(1, directions, N), made once for each size."""
         if self.order is None or self.order.shape[2] != x.shape[1] or self.order.device != x.device:
-            self.order = scan_orders(side_of(x), side_of(x), self.directions).to(x.device)[None]
+            with torch.inference_mode(False):  # it is kept, and may be trained with later
+                self.order = scan_orders(side_of(x), side_of(x), self.directions).to(x.device)[None]
         return self.order
 
     def weigh(self, x, C, B, v):

@@ -799,6 +799,15 @@ def test_a_key_is_spelled_as_in_the_file_whatever_stands_beside_it(tmp_path, val
     assert tables_module.spelled(tables_module.rows_of(tmp_path / "t.csv")[0]["k"]) == tables_module.spelled(value)
 
 
+def test_rows_of_a_run_that_read_something_else_are_not_taken_over(tmp_path):
+    run = begin(tmp_path)
+    run.before, run.inputs = dict(inputs=dict(checkpoint="a", images="b")), dict(checkpoint="a", learn="c")
+    Table(run, "t", ["i"])  # what the old run did not tell of is taken
+    run.inputs = dict(checkpoint="a", images="other")
+    with pytest.raises(ValueError, match="--redraw, --retime='other images' is not allowed; allowed: what that run read"):
+        Table(run, "t", ["i"])
+
+
 def test_rows_that_wait_are_in_the_table_once_they_are_asked_for(tmp_path):
     first = Table(begin(tmp_path), "t", ["i", "j"])
     for i in range(2):

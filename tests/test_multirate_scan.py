@@ -1,5 +1,6 @@
 """Blocks that run part of the scan at a lower rate: states, causality, gradients, routing, clear errors."""
 
+import copy
 import math
 import re
 
@@ -182,6 +183,14 @@ def test_router_measures_the_change_from_the_token_before():
 
 
 @torch.no_grad()
+def test_a_trained_block_is_copied_whole():
+    block = DynamicBlock(16, Mamba2Block(16, 4, 4, 4))
+    x = torch.randn(2, 9, 16)
+    with torch.enable_grad():
+        (block(x)[0].sum() + block.loss).backward()
+    assert torch.equal(copy.deepcopy(block)(x)[0], block(x)[0])
+
+
 def test_a_router_that_chooses_all_changes_nothing_but_the_average():
     inner = Mamba2Block(16, 4, 8)
     block, x = DynamicBlock(16, inner, 0.25), torch.randn(2, 20, 16)

@@ -87,6 +87,16 @@ def test_centres_find_the_clusters():
     assert same.isfinite().all()
 
 
+def test_a_mixer_that_was_looked_at_without_gradients_is_trained_later(clip):
+    _, tower, _, states = clip
+    block = tower.blocks[2]
+    mixer = ScanMixer(block, tower.heads, hedgehog_maps(block, tower.heads), signed=True)
+    with torch.inference_mode():
+        mixer(states)
+    mixer(states.detach().clone()).sum().backward()
+    assert mixer.to_delta.bias.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [LinearAttention, ScanMixer])
 def test_mixers_of_the_same_maps_share_no_weight(clip, kind):
     _, tower, _, states = clip

@@ -161,7 +161,7 @@ class Run:
             comparing_seconds=round(self.comparing, 1), seconds_share=self.seconds_share, continued=self.continued,
             platform=platform.platform(),
             cudnn=torch.backends.cudnn.version(), cudnn_benchmark=torch.backends.cudnn.benchmark,
-            tf32_matmul=torch.backends.cuda.matmul.allow_tf32, settings=vars(self.settings), facts=self.facts,
+            tf32_matmul=torch.backends.cuda.matmul.allow_tf32, settings=vars(self.settings), facts=self.facts, inputs=self.inputs,
             packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())))
         write_atomically(path, json.dumps(long, indent=1, default=str) + "\n")
         if self.process + 1 == self.processes:
@@ -169,6 +169,12 @@ class Run:
                 journal.unlink()
         end = "" if not self.smoke else ": every path was run, nothing here is a result"
         print(f"done in {long['seconds'] / 60:.1f} min ({self.mode} mode{end})")
+
+    def check_inputs(self):
+        """ValueError where rows of a run that read other weights or images would be taken over."""
+        before = self.before.get("inputs", {})
+        other = [name for name, found in self.inputs.items() if before.get(name, found) != found]
+        check(not other, "--redraw, --retime", f"other {', '.join(other)}", "what that run read: give its parameters with --set")
 
 
 def label(item):

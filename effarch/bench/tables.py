@@ -39,6 +39,7 @@ class Table:
     `--retime` those without times are. checked: rows are checks, which are always made again."""
 
     def __init__(self, run, name, key, checked=False):
+        run.check_inputs()
         self.run, self.name, self.key = run, name, list(key)
         self.checked, self.taken = checked, run.redrawn and not checked
         self.path = run.results / f"{name}.csv"
