@@ -65,12 +65,11 @@ def check_works(fn, name="fn"):
 
 
 def check_done(out, name="fn"):
-    """ValueError for a result whose work is still to be done, a generator, another iterator, a coroutine or a future; returns it."""
+    """ValueError for a result whose work is still to be done, a generator, another iterator, a coroutine or a future."""
     waits = isinstance(out, (Iterator, Awaitable, AsyncIterator)) or hasattr(out, "add_done_callback")
     if waits and inspect.iscoroutine(out):
         out.close()  # else Python warns that nobody awaited it
     check(not waits, name, f"a function that returns a {type(out).__name__}", WORKS)
-    return out
 
 
 def status_of(error):
@@ -133,10 +132,11 @@ def compare(cases, device=None, seconds=20.0, rounds=None, warmup=2, against=Non
     """Time several callables against each other, until their ratios are known or the time is used.
 
     cases: {name: callable without arguments}; it has to do its work when it is called: generators, coroutines and futures are a
-    ValueError. Every case is warmed up (at least once), then each round calls all of them once, in a new random order, so that slow
-    drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops when the 95 % interval of every case's
-    time over that of `against` (a case or a list of cases; default: the first) is within ±`width`, after 200 rounds, or when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than
-    `seconds`). The rule looks at widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
+    ValueError. Every case is warmed up (at least once), then each round calls all of them once, in a new random order, so that
+    slow drifts of the machine and what a neighbour leaves in the caches hit all alike. It stops when the 95 % interval of every
+    case's time over that of `against` (a case or a list of cases; default: the first) is within ±`width`, after 200 rounds, or
+    when `seconds` have passed, but not before 5 rounds (3 if a round alone takes longer than `seconds`). The rule looks at
+    widths only, never at the result. rounds: exactly so many instead, whatever the clock says.
 
     Returns {name: row} with status, raw_ms, latency_ms_median, _p20, _p80, n_runs, n_warmup, timer, noisy (True: the
     interval was still wider when the time was used). A failed case, such as one whose output is not finite in the warm-up or after

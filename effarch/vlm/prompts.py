@@ -11,8 +11,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModelOutputWithPast
 
 from effarch.checks import check
-from effarch.clip.towers.base import as_its_library, home_of, hooked, patched, refuse_attention
-from effarch.clip.towers.base import refuse_left_out as refuse_masks
+from effarch.clip.towers.base import as_its_library, home_of, hooked, patched, refuse_attention, refuse_masks
 
 SUPPORTED = "Qwen2.5-VL and Qwen2-VL of transformers 5, without sliding windows"
 

@@ -223,7 +223,7 @@ def settings(attentions):
     return [value for part in attentions for value in (*map(vars(part).get, SETTINGS), *part._parameters.values())]
 
 
-def refuse_left_out(attention, layer, prefix=None):
+def refuse_masks(attention, layer, prefix=None):
     """TypeError for an attention that is told to leave tokens out, or to add some; prefix: tokens in front that it must not rotate."""
     # not getattr, which is slow where there is nothing, and encode_images asks in every call; but a compiler knows nothing else
     own = LEFT_OUT.keys() | {"num_prefix_tokens"} if torch.compiler.is_compiling() else attention._parameters | vars(attention)
@@ -239,7 +239,7 @@ def refuse_settings(tower):
     for i, block in enumerate(tower.blocks):
         *_, attention = attentions = block.attentions()
         for part in attentions:
-            refuse_left_out(part, i, None if tower.rotary is None else tower.prefix)
+            refuse_masks(part, i, None if tower.rotary is None else tower.prefix)
         heads = {getattr(attention, name, None) for name in ("num_heads", "num_attention_heads")} - {None}
         size = next((value for name in ("head_dim", "attention_head_size") if (value := getattr(attention, name, None)) is not None), None)
         width = block.q.out_features if has(block.q, "out_features") else None
